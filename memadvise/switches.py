@@ -1,0 +1,155 @@
+"""Switches of a plan, executed: activation checkpointing of named modules and micro-batches.
+
+Both leave the mathematics of a step as it is. Checkpointing recomputes a module's forward pass inside the backward
+pass; running statistics of batch norms are not updated a second time. Micro-batches split every tensor of a batch
+along its first dimension; the losses are weighted so that the gradient equals that of the whole batch whenever the
+loss is a mean over the batch and no layer looks across samples (batch norm does).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from memadvise.errors import UsageError
+from memadvise.names import canonical_name, matches, repeat_pattern
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def checkpoint_patterns(model: nn.Module) -> tuple[str, ...]:
+    """Globs of the repeated blocks worth checkpointing: the outermost lists of two or more equal modules.
+
+    Blocks are recognised by structure (same class, siblings in a ModuleList or Sequential, with parameters and
+    children), never by name.
+    """
+    from torch import nn
+
+    found: list[str] = []
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList | nn.Sequential) or any(name.startswith(prefix) for prefix in inside):
+            continue
+        blocks = [child for child in module if any(True for _ in child.children()) and any(True for _ in child.parameters())]
+        kinds = Counter(type(child) for child in blocks)
+        if len(blocks) >= 2 and kinds.most_common(1)[0][1] >= 2:
+            found.append(f"{canonical_name(name)}.*" if name else "*")
+            inside.append(f"{name}." if name else "")
+    return tuple(dict.fromkeys(repeat_pattern(pattern)[0] for pattern in found))
+
+
+def apply_checkpoint(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Recompute the activations of every module whose dotted name matches one of ``patterns``; returns their names.
+
+    Outermost matches win: a module inside a checkpointed one is left alone. Idempotent.
+
+    Raises:
+        UsageError: a pattern matches no module.
+    """
+    chosen: dict[str, nn.Module] = {}
+    for pattern in patterns:
+        hits = {n: m for name, m in model.named_modules() if (n := canonical_name(name)) and matches(pattern, n)}
+        if not hits:
+            raise UsageError(
+                f"the checkpoint pattern '{pattern}' matches no module of this model",
+                hint="the names are those of model.named_modules(); edit switches.checkpoint in the plan",
+            )
+        chosen.update(hits)
+    outermost = [n for n in chosen if not any(n.startswith(f"{other}.") for other in chosen)]
+    for name in outermost:
+        _checkpoint_module(chosen[name])
+    return outermost
+
+
+def _checkpoint_module(module: nn.Module) -> None:
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    if getattr(module, "_memadvise_checkpointed", False):
+        return
+    forward = module.forward
+
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        if not (module.training and torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+        return checkpoint(
+            forward,
+            *args,
+            use_reentrant=False,
+            context_fn=lambda: (contextlib.nullcontext(), _frozen_running_stats(module)),
+            **kwargs,
+        )
+
+    module.forward = checkpointed  # type: ignore[method-assign]  # an instance attribute: state_dict is untouched
+    module._memadvise_checkpointed = True  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def _frozen_running_stats(module: nn.Module) -> Iterator[None]:
+    """While recomputing, batch norms normalise by the batch but leave their running statistics alone."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.training]
+    saved = [(m.running_mean, m.running_var, m.num_batches_tracked) for m in norms]
+    for norm in norms:
+        # With no running buffers a batch norm in training mode uses batch statistics: same output, nothing updated.
+        norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+    try:
+        yield
+    finally:
+        for norm, (mean, var, count) in zip(norms, saved, strict=True):
+            norm.running_mean, norm.running_var, norm.num_batches_tracked = mean, var, count
+
+
+def batch_size(batch: Any) -> int | None:
+    """The common first dimension of the batch's tensors; None when there is none."""
+    sizes = {t.shape[0] if t.ndim else None for t in _tensors(batch)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def split_batch(batch: Any, parts: int) -> list[Any]:
+    """Split every tensor of ``batch`` in ``parts`` equal slices along its first dimension (views, no copies).
+
+    Raises:
+        UsageError: the tensors have no common first dimension, or ``parts`` does not divide it.
+    """
+    if parts == 1:
+        return [batch]
+    size = batch_size(batch)
+    if size is None or size % parts:
+        raise UsageError(
+            f"a batch of {size if size is not None else 'tensors without a common first dimension'}"
+            f"{' samples' if size is not None else ''} cannot be split in {parts} equal micro-batches",
+            hint="use a number of micro-batches that divides the batch size",
+        )
+    step = size // parts
+    return [_slice(batch, i * step, (i + 1) * step) for i in range(parts)]
+
+
+def _tensors(batch: Any) -> list[torch.Tensor]:
+    import torch
+
+    if isinstance(batch, torch.Tensor):
+        return [batch]
+    if isinstance(batch, Mapping):
+        return [t for value in batch.values() for t in _tensors(value)]
+    if isinstance(batch, tuple | list):
+        return [t for value in batch for t in _tensors(value)]
+    return []
+
+
+def _slice(batch: Any, start: int, stop: int) -> Any:
+    import torch
+
+    if isinstance(batch, torch.Tensor):
+        return batch[start:stop]
+    if isinstance(batch, Mapping):
+        return {key: _slice(value, start, stop) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        parts = [_slice(value, start, stop) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch
