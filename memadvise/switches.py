@@ -94,15 +94,15 @@ def _frozen_running_stats(module: nn.Module) -> Iterator[None]:
     from torch.nn.modules.batchnorm import _BatchNorm
 
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.training]
-    saved = [(m.running_mean, m.running_var, m.num_batches_tracked) for m in norms]
+    saved = [(m.momentum, m.num_batches_tracked) for m in norms]
     for norm in norms:
-        # With no running buffers a batch norm in training mode uses batch statistics: same output, nothing updated.
-        norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+        # Momentum 0 keeps the running statistics bit for bit, and autograd saves the same tensors as the first pass.
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm, (mean, var, count) in zip(norms, saved, strict=True):
-            norm.running_mean, norm.running_var, norm.num_batches_tracked = mean, var, count
+        for norm, (momentum, count) in zip(norms, saved, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def batch_size(batch: Any) -> int | None:
