@@ -7,7 +7,7 @@ state is negligible; nothing that is another candidate under a second name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from memadvise.ledger import Parameter
@@ -72,12 +72,15 @@ def _head_settings(parameter: Parameter) -> list[Setting]:
     return []
 
 
-def make_groups(parameters: Iterable[Parameter]) -> tuple[Group, ...]:
+def make_groups(
+    parameters: Iterable[Parameter],
+    settings_of: Callable[[Parameter], tuple[Setting, ...]] = candidate_settings,
+) -> tuple[Group, ...]:
     """Pool trainable parameters that are to be decided together, in order of first appearance."""
     pools: dict[tuple[object, ...], list[Parameter]] = {}
     for parameter in parameters:
         if parameter.trainable:
-            settings = tuple(s.key for s in candidate_settings(parameter))
+            settings = tuple(s.key for s in settings_of(parameter))
             pools.setdefault((parameter.role, parameter.shape, parameter.dtype, settings), []).append(parameter)
     return tuple(
         Group(
@@ -85,7 +88,20 @@ def make_groups(parameters: Iterable[Parameter]) -> tuple[Group, ...]:
             shape=members[0].shape,
             members=tuple(members),
             patterns=tuple(dict.fromkeys(repeat_pattern(m.name)[0] for m in members)),
-            settings=candidate_settings(members[0]),
+            settings=settings_of(members[0]),
         )
         for members in pools.values()
     )
+
+
+def static_prior(parameter: Parameter) -> Setting:
+    """The setting the papers recommend for a role, for parameters that could not be measured.
+
+    SlimAdam's rule table (2503.01843) where it has the role, one value per output row (Adam-mini, 2406.16793) elsewhere.
+    """
+    candidates = candidate_settings(parameter)
+    if len(candidates) == 1:
+        return DENSE
+    if parameter.role in {"attention_value", "attention_output", "mlp_up", "mlp_gate", "mlp_down"} and parameter.fan_out:
+        return Setting("slimadam", {"axes": list(parameter.fan_out)})
+    return candidates[1]

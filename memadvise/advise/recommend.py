@@ -1,0 +1,318 @@
+"""From a scan and a budget to a plan: switches outside, knapsack inside, the peak traced again at the end.
+
+A state's bytes are alive from the first step on, in every phase. So for one combination of switches the peak of a plan
+is the largest over the phases of (that phase's bytes without optimizer state) + (the plan's state); the knapsack gets
+what the budget leaves. The plan found is then traced as it will run, and the room for state shrinks by what the trace
+shows beyond the arithmetic (scratch, rounding) until the traced peak fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from memadvise.advise.candidates import DENSE, Group, candidate_settings, make_groups
+from memadvise.advise.harm import Harm, HarmTable
+from memadvise.advise.solver import Option, Solution, solve
+from memadvise.errors import Infeasible, UsageError
+from memadvise.ledger import MemoryLedger, Parameter, Scan
+from memadvise.names import matches, repeat_pattern
+from memadvise.optim.registry import method_info, state_bytes, validate
+from memadvise.plan.schema import ModelShape, Plan, Rule, Setting, Switches
+from memadvise.units import format_bytes
+
+ENGINE_ADAMW = "memadvise adamw"  # the label of ledgers traced with our engine, one per combination of switches
+_MAX_TRACES = 5
+
+Tracer = Callable[[Plan], MemoryLedger]
+
+
+@dataclass(frozen=True)
+class GroupChoice:
+    """One row of the advice; ``expected_harm`` in Adam's metric, None where it could not be measured."""
+
+    pattern: str
+    role: str
+    count: int
+    setting_key: str
+    state_bytes_before: int
+    state_bytes_after: int
+    expected_harm: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What was chosen and why. ``after`` is the traced ledger of the plan itself."""
+
+    plan: Plan
+    needs_compression: bool
+    before: MemoryLedger
+    after: MemoryLedger
+    budget_bytes: int
+    margin_bytes: int
+    groups: tuple[GroupChoice, ...]
+    solver_note: str
+    explanation: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """One combination of switches with the best settings found for it."""
+
+    ledger: MemoryLedger
+    solution: Solution
+    switches: Switches
+
+
+def recommend(
+    scan: Scan,
+    budget_bytes: int,
+    *,
+    trace: Tracer,
+    pins: Sequence[tuple[str, Setting]] = (),
+    forbidden: Sequence[str] = (),
+) -> Recommendation:
+    """The least harmful plan whose peak fits ``budget_bytes``.
+
+    Args:
+        scan: what was traced and measured.
+        budget_bytes: limit on the peak of the whole step.
+        trace: traces the target again with a given plan; the plan's peak is what this says.
+        pins: (glob, setting) pairs the user decided; the first match wins. forbidden: methods never to choose.
+
+    Raises:
+        Infeasible: nothing fits; names the smallest reachable peak and what dominates it.
+        UsageError: a pin that matches nothing or a setting that does not fit its tensor.
+    """
+    before = scan.memory[0]
+    groups = make_groups(scan.parameters, _settings_under(scan.parameters, pins, forbidden))
+    if before.peak_bytes <= budget_bytes and not pins:
+        plan = _plan(scan, groups, [DENSE] * len(groups), Switches(), budget_bytes, ["fits as it is"] * len(groups))
+        after = trace(plan)
+        if after.peak_bytes <= budget_bytes:
+            return _finished(scan, plan, after, budget_bytes, groups, None, "nothing to optimise", needs_compression=False)
+    table = HarmTable(scan.probe)
+    worst = table.worst_per_element(groups)
+    harms = [[table.of(group, setting, worst) for setting in group.settings] for group in groups]
+    options = [
+        [
+            Option(_group_bytes(group, setting), harm.value)
+            for setting, harm in zip(group.settings, row, strict=True)
+        ]
+        for group, row in zip(groups, harms, strict=True)
+    ]
+    room_lost: dict[int, int] = {}  # per combination of switches: bytes the traces showed beyond the arithmetic
+    smallest: tuple[int, MemoryLedger] | None = None
+    for _ in range(_MAX_TRACES * max(1, len(scan.memory))):
+        choice = _best(scan, options, budget_bytes, room_lost)
+        if choice is None:
+            break
+        picked = [g.settings[o] for g, o in zip(groups, choice.solution.choice, strict=True)]
+        reasons = [row[o].reason for row, o in zip(harms, choice.solution.choice, strict=True)]
+        plan = _plan(scan, groups, picked, choice.switches, budget_bytes, reasons)
+        after = trace(plan)
+        if smallest is None or after.peak_bytes < smallest[0]:
+            smallest = (after.peak_bytes, after)
+        excess = after.peak_bytes - budget_bytes
+        if excess <= 0:
+            return _finished(
+                scan, plan, after, budget_bytes, groups, (harms, choice.solution), choice.solution.note,
+                needs_compression=any(s != DENSE for s in picked) or choice.switches != Switches(),
+            )  # fmt: skip
+        index = scan.memory.index(choice.ledger)
+        room_lost[index] = room_lost.get(index, 0) + excess
+    raise _infeasible(scan, options, budget_bytes, smallest)
+
+
+def _settings_under(
+    parameters: Sequence[Parameter], pins: Sequence[tuple[str, Setting]], forbidden: Sequence[str]
+) -> Callable[[Parameter], tuple[Setting, ...]]:
+    """Candidates after the user's pins and prohibitions, checked."""
+    for method in forbidden:
+        if method_info(method).name == DENSE.method:
+            raise UsageError("adamw cannot be forbidden: vectors and tiny tensors always keep their full state")
+    names = {p.name: p for p in parameters if p.trainable}
+    for pattern, setting in pins:
+        hits = [p for name, p in names.items() if matches(pattern, name)]
+        if not hits:
+            raise UsageError(f"the pin '{pattern}' matches no trainable parameter", hint="the names are those of the scan")
+        for parameter in hits:
+            validate(setting, parameter.shape, name=parameter.name)
+
+    def settings_of(parameter: Parameter) -> tuple[Setting, ...]:
+        for pattern, setting in pins:
+            if matches(pattern, parameter.name):
+                return (setting,)
+        return tuple(s for s in candidate_settings(parameter) if s.method not in forbidden)
+
+    return settings_of
+
+
+def _group_bytes(group: Group, setting: Setting) -> int:
+    return state_bytes(setting, group.shape) * len(group.members)
+
+
+def switches_of(ledger: MemoryLedger) -> Switches:
+    """The switches a ledger was traced under."""
+    return Switches(micro_batches=ledger.micro_batches, checkpoint=ledger.checkpoint)
+
+
+def _time_rank(switches: Switches) -> tuple[int, int]:
+    """Cheapest in time first: nothing, then micro-batches, then a second forward pass, then both."""
+    return (1 if switches.checkpoint else 0, switches.micro_batches)
+
+
+def fixed_peak_bytes(ledger: MemoryLedger) -> int:
+    """The largest phase peak without the optimizer's state: what no choice of methods can remove."""
+    return max(p.peak_bytes - p.by_category.get("optimizer_state", 0) for p in ledger.phases)
+
+
+def _best(
+    scan: Scan, options: list[list[Option]], budget: int, room_lost: Mapping[int, int]
+) -> _Choice | None:
+    """Least harm over the combinations of switches; of equal harm, what costs the least time."""
+    best: _Choice | None = None
+    for index, ledger in enumerate(scan.memory):
+        if ledger.optimizer != ENGINE_ADAMW:
+            continue
+        room = budget - fixed_peak_bytes(ledger) - room_lost.get(index, 0)
+        solution = solve(options, room)
+        if solution is None:
+            continue
+        switches = switches_of(ledger)
+        rank = (solution.harm, _time_rank(switches))
+        if best is None or rank < (best.solution.harm, _time_rank(best.switches)):
+            best = _Choice(ledger, solution, switches)
+    return best
+
+
+def _plan(
+    scan: Scan,
+    groups: Sequence[Group],
+    picked: Sequence[Setting],
+    switches: Switches,
+    budget: int,
+    reasons: Sequence[str],
+) -> Plan:
+    """Rules for every parameter: one a pattern where the pattern is unambiguous, ``**`` for what stays dense."""
+    setting_of = {m.name: s for g, s in zip(groups, picked, strict=True) for m in g.members}
+    rules: list[Rule] = []
+    for group, setting, reason in zip(groups, picked, reasons, strict=True):
+        if setting == DENSE:
+            continue
+        saved = _group_bytes(group, DENSE) - _group_bytes(group, setting)
+        text = f"{group.role} {list(group.shape)} x {len(group.members)}: saves {format_bytes(saved)}; {reason}"
+        for pattern in group.patterns:
+            members = [m.name for m in group.members if repeat_pattern(m.name)[0] == pattern]
+            pure = all(s == setting for name, s in setting_of.items() if matches(pattern, name))
+            for match in [pattern] if pure else [glob_escape(name) for name in members]:
+                rules.append(Rule(match, setting.method, dict(setting.options), reason=text))
+                text = "as above"
+    if any(setting == DENSE for setting in picked):
+        rest = "everything else keeps both moments in full" if rules else "nothing needs compressing: plain AdamW"
+        rules.append(Rule("**", DENSE.method, reason=rest))
+    trainable = [p for p in scan.parameters if p.trainable]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for parameter in trainable:
+        pattern = repeat_pattern(parameter.name)[0]
+        same = {p.shape for p in trainable if repeat_pattern(p.name)[0] == pattern}
+        shapes[pattern if len(same) == 1 else parameter.name] = parameter.shape
+    return Plan(
+        rules=tuple(rules),
+        switches=switches,
+        model=ModelShape(scan.fingerprint, sum(p.numel for p in trainable), shapes),
+        budget_bytes=budget,
+        predicted_state_bytes=sum(_group_bytes(g, s) for g, s in zip(groups, picked, strict=True)),
+        device=scan.memory[0].device,
+    )
+
+
+def glob_escape(name: str) -> str:
+    """A pattern that matches exactly this name."""
+    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
+
+
+def _finished(
+    scan: Scan,
+    plan: Plan,
+    after: MemoryLedger,
+    budget: int,
+    groups: Sequence[Group],
+    solved: tuple[list[list[Harm]], Solution] | None,
+    note: str,
+    *,
+    needs_compression: bool,
+) -> Recommendation:
+    before = scan.memory[0]
+    rows = []
+    for index, group in enumerate(groups):
+        option = solved[1].choice[index] if solved else 0
+        harm = solved[0][index][option] if solved else Harm(0.0, True, "fits as it is")
+        setting = group.settings[option] if solved else DENSE
+        rows.append(
+            GroupChoice(
+                pattern=group.label,
+                role=group.role,
+                count=len(group.members),
+                setting_key=setting.key,
+                state_bytes_before=_group_bytes(group, DENSE),
+                state_bytes_after=_group_bytes(group, setting),
+                expected_harm=harm.value if harm.measured else None,
+                reason=harm.reason,
+            )
+        )
+    explanation = tuple(_explain(before, after, plan, budget, needs_compression))
+    plan = replace(plan, predicted_peak_bytes=after.peak_bytes, notes=explanation)
+    return Recommendation(
+        plan, needs_compression, before, after, budget, budget - after.peak_bytes, tuple(rows), note, explanation
+    )
+
+
+def _explain(before: MemoryLedger, after: MemoryLedger, plan: Plan, budget: int, needed: bool) -> list[str]:
+    if not needed:
+        return [
+            f"nothing needs compressing: the step peaks at {format_bytes(before.peak_bytes)} with {before.optimizer}, "
+            f"within the budget of {format_bytes(budget)}"
+        ]
+    lines = [
+        f"{before.optimizer} as it stands peaks at {format_bytes(before.peak_bytes)} in the {before.peak_phase} phase, "
+        f"{format_bytes(before.peak_bytes - budget)} over the budget",
+        f"the plan peaks at {format_bytes(after.peak_bytes)} in the {after.peak_phase} phase; optimizer state "
+        f"{format_bytes(before.state_bytes)} -> {format_bytes(after.state_bytes)}",
+    ]
+    if plan.switches.checkpoint:
+        lines.append(
+            f"activations of {', '.join(plan.switches.checkpoint)} are recomputed (checkpointing): about one more "
+            "forward pass a step, the same gradients; call memadvise.apply_checkpoint(model, plan.switches.checkpoint)"
+        )
+    if plan.switches.micro_batches > 1:
+        lines.append(
+            f"each batch runs as {plan.switches.micro_batches} micro-batches with accumulated gradients; "
+            "use memadvise.split_batch(batch, plan.switches.micro_batches)"
+        )
+    return lines
+
+
+def _infeasible(
+    scan: Scan, options: list[list[Option]], budget: int, traced: tuple[int, MemoryLedger] | None
+) -> Infeasible:
+    """Name the smallest reachable peak, what dominates it, and the way out."""
+    least_state = sum(min(o.num_bytes for o in row) for row in options)
+    engine = [ledger for ledger in scan.memory if ledger.optimizer == ENGINE_ADAMW]
+    ledger = min(engine, key=fixed_peak_bytes, default=scan.memory[0])
+    peak = fixed_peak_bytes(ledger) + least_state
+    if traced is not None and traced[0] <= peak:
+        peak, ledger = traced
+    worst = max(ledger.phases, key=lambda p: p.peak_bytes - p.by_category.get("optimizer_state", 0))
+    parts = {**worst.by_category, "optimizer_state": least_state}
+    largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
+    switches = switches_of(ledger)
+    how = [f"checkpointing {', '.join(switches.checkpoint)}"] if switches.checkpoint else []
+    how += [f"{switches.micro_batches} micro-batches"] if switches.micro_batches > 1 else []
+    return Infeasible(
+        f"no plan fits {format_bytes(budget)}: the smallest reachable peak is about {format_bytes(peak)}"
+        f" ({' and '.join(how) or 'no switch helps'}, every state compressed), in the {worst.phase} phase, dominated by "
+        + ", ".join(f"{name} {format_bytes(size)}" for name, size in largest),
+        hint=f"raise the budget to {peak} bytes or more, use a smaller batch, or a smaller model",
+    )
