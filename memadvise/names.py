@@ -10,7 +10,8 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", 
 
 def canonical_name(name: str) -> str:
     """The name without wrapper segments: ``_orig_mod.``, ``_fsdp_wrapped_module.``, ``_checkpoint_wrapped_module.``
-    anywhere, and ``module.`` (DDP, DataParallel) at the front."""
+    anywhere, and ``module.`` (DDP, DataParallel) at the front.
+    """
     parts = name.split(".")
     while parts and parts[0] in _WRAPPERS and len(parts) > 1:
         parts.pop(0)
@@ -54,6 +55,11 @@ def pattern_regex(pattern: str) -> re.Pattern[str]:
 def matches(pattern: str, name: str) -> bool:
     """Whether ``pattern`` matches the whole canonical ``name``."""
     return pattern_regex(pattern).fullmatch(name) is not None
+
+
+def glob_escape(name: str) -> str:
+    """A pattern that matches exactly this name."""
+    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
 
 
 def repeat_pattern(name: str) -> tuple[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ from memadvise.advise.harm import Harm, HarmTable
 from memadvise.advise.solver import Option, Solution, solve
 from memadvise.errors import Infeasible, UsageError
 from memadvise.ledger import MemoryLedger, Parameter, Scan
-from memadvise.names import matches, repeat_pattern
+from memadvise.names import glob_escape, matches, repeat_pattern
 from memadvise.optim.registry import method_info, state_bytes, validate
 from memadvise.plan.schema import ModelShape, Plan, Rule, Setting, Switches
 from memadvise.units import format_bytes
@@ -226,11 +226,6 @@ def _plan(
         predicted_state_bytes=sum(_group_bytes(g, s) for g, s in zip(groups, picked, strict=True)),
         device=scan.memory[0].device,
     )
-
-
-def glob_escape(name: str) -> str:
-    """A pattern that matches exactly this name."""
-    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
 
 
 def _finished(

@@ -1,0 +1,188 @@
+"""The scan: trace the memory of a step and its what-ifs, then probe what compression would cost."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import memadvise
+from memadvise.advise.candidates import candidate_settings, static_prior
+from memadvise.advise.recommend import ENGINE_ADAMW
+from memadvise.ledger import MemoryLedger, Parameter, Scan
+from memadvise.names import glob_escape
+from memadvise.plan.schema import Plan, Rule, Setting, Switches
+from memadvise.switches import batch_size, checkpoint_patterns
+from memadvise.target import Target, load_target
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+Progress = Callable[[str, int, int], None]
+_MICRO_BATCHES = (2, 4)
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """How to probe: AdamW steps, steps of each optimizer, learning rate and weight decay, seed, Hessian or not."""
+
+    num_steps: int = 60
+    optimizer_steps: int = 20
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    seed: int = 0
+    hessian: bool = True
+
+
+def run_scan(
+    spec: str,
+    *,
+    target_options: dict[str, Any] | None = None,
+    device: str = "cuda",
+    probe: ProbeOptions | None = None,
+    progress: Progress | None = None,
+) -> Scan:
+    """Scan a target.
+
+    Args:
+        spec: ``file.py``, ``file.py:name``, ``package.module:name`` or ``hf:DIR_OR_CONFIG_JSON``.
+        target_options: batch_size, seq_len, dtype of an ``hf:`` target.
+        device: whose memory to predict, ``"cuda"`` or ``"cpu"``; no such device is needed.
+        probe: None traces only and allocates no weights.
+        progress: called with (what, done, total).
+
+    Raises:
+        TargetError, TargetRaised: see :mod:`memadvise.target`.
+    """
+    from memadvise.memory.estimate import estimate
+    from memadvise.memory.session import fake_session
+    from memadvise.roles import describe_parameters, fingerprint
+
+    report = progress or (lambda what, done, total: None)
+    target_options = dict(target_options or {})
+    target = load_target(spec, options=target_options)
+    report("describing the parameters", 0, 1)
+    with fake_session(target, device) as (model, batches):
+        parameters = describe_parameters(model, lambda: target.loss(model, batches[0]))
+        variants = _switch_variants(target, model, batches[0])
+    total = len(variants) + 1
+    report("tracing one step: AdamW as it stands", 0, total)
+    ledgers = [estimate(target, device=device)]
+    for done, switches in enumerate(variants, start=1):
+        report(f"tracing one step: {_describe(switches)}", done, total)
+        ledgers.append(trace_setting(target, Setting("adamw"), device=device, switches=switches, label=ENGINE_ADAMW))
+    probed = None
+    if probe is not None:
+        from memadvise.probe.runner import run_probe
+
+        probed = run_probe(
+            target,
+            parameters,
+            settings={p.name: candidate_settings(p) for p in parameters if p.trainable},
+            methods=probe_methods(parameters),
+            num_steps=probe.num_steps,
+            optimizer_steps=probe.optimizer_steps,
+            lr=probe.lr,
+            weight_decay=probe.weight_decay,
+            seed=probe.seed,
+            hessian=probe.hessian,
+            progress=progress,
+        )
+    return Scan(
+        target=spec,
+        target_sha256=target.sha256(),
+        target_options=target_options,
+        environment=environment(),
+        fingerprint=fingerprint(parameters),
+        parameters=parameters,
+        memory=tuple(ledgers),
+        probe=probed,
+    )
+
+
+def trace_setting(
+    target: Target, plan: Plan | Setting, *, device: str, switches: Switches | None = None, label: str
+) -> MemoryLedger:
+    """Trace one step with memadvise's own engine executing ``plan``."""
+    from memadvise.memory.estimate import estimate
+    from memadvise.optim.create import create_optimizer
+
+    if switches is None:
+        switches = plan.switches if isinstance(plan, Plan) else Switches()
+
+    def build(model: nn.Module) -> Optimizer:
+        return create_optimizer(model, plan, lr=1e-3)
+
+    return estimate(target, device=device, optimizer=build, optimizer_name=label, switches=switches)
+
+
+def plan_tracer(scan: Scan) -> tuple[Callable[[Plan], MemoryLedger], tuple[str, ...]]:
+    """A function that traces the scanned target with a plan, and warnings (the target changed since the scan)."""
+    target = load_target(scan.target, options=scan.target_options)
+    warnings = []
+    if target.sha256() != scan.target_sha256:
+        warnings.append(f"{scan.target} has changed since it was scanned; scan again if the model or its batches did")
+    device = scan.memory[0].device
+
+    def trace(plan: Plan) -> MemoryLedger:
+        return trace_setting(target, plan, device=device, label="memadvise plan")
+
+    return trace, tuple(warnings)
+
+
+def probe_methods(parameters: tuple[Parameter, ...]) -> dict[str, Plan]:
+    """Every bundled optimizer once, applied to the whole model as its paper would apply it."""
+    trainable = [p for p in parameters if p.trainable]
+
+    def uniform(choose: Callable[[Parameter], Setting]) -> Plan:
+        chosen = [(glob_escape(p.name), choose(p)) for p in trainable]
+        return Plan(rules=tuple(Rule(name, setting.method, dict(setting.options)) for name, setting in chosen))
+
+    def adam_mini(parameter: Parameter) -> Setting:
+        settings = candidate_settings(parameter)
+        heads = [s for s in settings if s.method == "adam_mini"]
+        if len(settings) == 1 or heads:
+            return heads[0] if heads else settings[0]
+        axis = parameter.fan_out[0] if parameter.fan_out and len(parameter.shape) == 2 else 0
+        return Setting("adam_mini", {"partition": "row", **({"axis": axis} if axis else {})})
+
+    return {
+        "adamw": uniform(lambda p: Setting("adamw")),
+        "slimadam": uniform(static_prior),
+        "adam_mini": uniform(adam_mini),
+        "lion": uniform(lambda p: Setting("lion")),
+        "sgd": uniform(lambda p: Setting("sgd")),
+    }
+
+
+def _switch_variants(target: Target, model: nn.Module, batch: Any) -> list[Switches]:
+    """The combinations of switches this target can run, no switch first."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    counts = [1]
+    size = batch_size(batch)
+    # A batch norm sees other statistics in a smaller batch: that changes the mathematics, so it is not offered.
+    if target.train_step is None and size is not None and not any(isinstance(m, _BatchNorm) for m in model.modules()):
+        counts += [n for n in _MICRO_BATCHES if size % n == 0 and size >= n]
+    patterns = checkpoint_patterns(model)
+    return [Switches(n, c) for c in ([(), patterns] if patterns else [()]) for n in counts]
+
+
+def _describe(switches: Switches) -> str:
+    parts = ["checkpointing"] if switches.checkpoint else []
+    parts += [f"{switches.micro_batches} micro-batches"] if switches.micro_batches > 1 else []
+    return " and ".join(parts) or "memadvise's AdamW"
+
+
+def environment() -> dict[str, str]:
+    """Versions a number depends on."""
+    import torch
+
+    return {
+        "memadvise": memadvise.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.system(),
+    }
