@@ -226,7 +226,7 @@ def _build(kind: Any, value: Any, path: str) -> Any:
         if value is None and type(None) in args:
             return None
         return _build(next(a for a in args if a is not type(None)), value, path)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise FileFormatError(f"{path}: expected an object, found {type(value).__name__}")
         hints = typing.get_type_hints(kind)

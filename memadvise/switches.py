@@ -34,7 +34,9 @@ def checkpoint_patterns(model: nn.Module) -> tuple[str, ...]:
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential) or any(name.startswith(prefix) for prefix in inside):
             continue
-        blocks = [child for child in module if any(True for _ in child.children()) and any(True for _ in child.parameters())]
+        blocks = [
+            child for child in module if any(True for _ in child.children()) and any(True for _ in child.parameters())
+        ]
         kinds = Counter(type(child) for child in blocks)
         if len(blocks) >= 2 and kinds.most_common(1)[0][1] >= 2:
             found.append(f"{canonical_name(name)}.*" if name else "*")

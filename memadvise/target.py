@@ -65,7 +65,8 @@ class Target:
             model = self.build_model()
         if not isinstance(model, torch.nn.Module):
             raise TargetError(
-                f"build_model() of {self.spec} returned {_kind(model)}, not a torch.nn.Module", where=self._mark("build_model")
+                f"build_model() of {self.spec} returned {_kind(model)}, not a torch.nn.Module",
+                where=self._mark("build_model"),
             )
         if not any(p.requires_grad for p in model.parameters()):
             raise TargetError(
@@ -92,7 +93,9 @@ class Target:
             first = list(itertools.islice(iter(source), count))
         if not first:
             raise TargetError(
-                f"build_batches() of {self.spec} gave no batch", where=self._mark("build_batches"), hint="yield at least one batch"
+                f"build_batches() of {self.spec} gave no batch",
+                where=self._mark("build_batches"),
+                hint="yield at least one batch",
             )
         return [first[i % len(first)] for i in range(count)]
 
@@ -169,7 +172,9 @@ def user_code(what: str, path: Path | None = None) -> Iterator[None]:
         except (MemadviseError, MemoryError):
             raise
         except SystemExit as error:
-            raise TargetRaised(f"{what} called sys.exit({error.code})", hint="guard scripts with if __name__ == '__main__'") from error
+            raise TargetRaised(
+                f"{what} called sys.exit({error.code})", hint="guard scripts with if __name__ == '__main__'"
+            ) from error
         except Exception as error:
             if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
                 raise
@@ -203,7 +208,9 @@ def _where(error: BaseException, path: Path | None) -> Mark | None:
     mine = [f for f in frames if path is not None and f.filename == str(path)]
     other = [f for f in frames if "site-packages" not in f.filename and f"{os.sep}memadvise{os.sep}" not in f.filename]
     for frame in reversed(mine or other):
-        return Mark(frame.filename, frame.lineno or 1, None, linecache.getline(frame.filename, frame.lineno or 1).rstrip())
+        return Mark(
+            frame.filename, frame.lineno or 1, None, linecache.getline(frame.filename, frame.lineno or 1).rstrip()
+        )
     return None
 
 
@@ -248,6 +255,7 @@ def load_target(spec: str, *, options: Mapping[str, Any] | None = None) -> Targe
             f"{', '.join(sorted(options))}: these options are for hf: targets only",
             hint=f"{spec} builds its own batches; change them there",
         )
+    path: Path | None
     location, _, name = spec.partition(":")
     if location.endswith(".py") or os.sep in location:
         path = Path(location).resolve()
@@ -256,7 +264,8 @@ def load_target(spec: str, *, options: Mapping[str, Any] | None = None) -> Targe
         module = _import_file(path, spec)
     elif name:
         module = _import_module(location, spec)
-        path = Path(module.__file__).resolve() if getattr(module, "__file__", None) else None
+        file = getattr(module, "__file__", None)
+        path = Path(file).resolve() if file else None
     else:
         raise TargetError(
             f"'{spec}' is not a target",
@@ -291,7 +300,8 @@ def _import_module(name: str, spec: str) -> Any:
         cause = error.__cause__
         if isinstance(cause, ModuleNotFoundError) and cause.name and (name + ".").startswith(cause.name + "."):
             raise TargetError(
-                f"there is no module {name} to import for {spec}", hint="check the name, or run from the folder that holds it"
+                f"there is no module {name} to import for {spec}",
+                hint="check the name, or run from the folder that holds it",
             ) from error
         raise
     finally:
@@ -300,10 +310,12 @@ def _import_module(name: str, spec: str) -> Any:
 
 
 def _from_functions(module: Any, spec: str, path: Path | None) -> Target:
-    found = {name: getattr(module, name, None) for name in _FUNCTIONS}
+    found: dict[str, Any] = {name: getattr(module, name, None) for name in _FUNCTIONS}
     for name in ("build_model", "build_batches"):
         if not callable(found[name]):
-            raise TargetError(f"{spec} has no function {name}()", where=Mark(str(path), 1) if path else None, hint=STUB_HINT)
+            raise TargetError(
+                f"{spec} has no function {name}()", where=Mark(str(path), 1) if path else None, hint=STUB_HINT
+            )
     for name in ("compute_loss", "train_step"):
         if found[name] is not None and not callable(found[name]):
             raise TargetError(f"{name} in {spec} is {_kind(found[name])}, not a function")
@@ -315,13 +327,16 @@ def _from_name(module: Any, name: str, spec: str, path: Path | None) -> Target:
     for part in name.split("."):
         value = getattr(value, part, None)
     if value is None:
-        raise TargetError(f"{spec.partition(':')[0]} has no '{name}'", hint="name a Target or a callable that returns one")
+        raise TargetError(
+            f"{spec.partition(':')[0]} has no '{name}'", hint="name a Target or a callable that returns one"
+        )
     if callable(value) and not isinstance(value, Target):
         with user_code(f"{name}() of {spec}", path):
             value = value()
     if not isinstance(value, Target):
         raise TargetError(
-            f"{spec} is {_kind(value)}, not a memadvise.Target", hint="return memadvise.Target(build_model=..., build_batches=...)"
+            f"{spec} is {_kind(value)}, not a memadvise.Target",
+            hint="return memadvise.Target(build_model=..., build_batches=...)",
         )
     from dataclasses import replace
 

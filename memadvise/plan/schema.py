@@ -1,4 +1,4 @@
-"""What a plan is: frozen records without torch. :mod:`load` reads them strictly, :mod:`emit` writes them with reasons."""
+"""What a plan is: frozen records without torch. :mod:`load` reads them strictly, :mod:`emit` writes them commented."""
 
 from __future__ import annotations
 
