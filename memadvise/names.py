@@ -43,8 +43,10 @@ def pattern_regex(pattern: str) -> re.Pattern[str]:
             out.append("[^.]")
         elif char == "[" and "]" in pattern[i + 2 :]:
             end = pattern.index("]", i + 2)
-            body = pattern[i + 1 : end].replace("\\", "\\\\")
-            out.append(f"[{'^' + body[1:] if body.startswith('!') else body}]")
+            body = pattern[i + 1 : end]
+            negated, body = body.startswith("!") and len(body) > 1, body.removeprefix("!") or body
+            members = re.sub(r"([^0-9A-Za-z_-])", r"\\\1", body)
+            out.append(f"[{'^' if negated else ''}{members}]")
             i = end
         else:
             out.append(re.escape(char))
