@@ -21,6 +21,18 @@ class Mark:
     def __str__(self) -> str:
         return ":".join(str(part) for part in (self.path, self.line, self.column) if part is not None)
 
+    def excerpt(self) -> list[str]:
+        """The source line and, when the column is known, a caret under it; a very long line is cut around the caret."""
+        if self.text is None:
+            return []
+        text, at = self.text, (self.column or 1) - 1
+        if len(text) > 160:
+            start = max(0, at - 80)
+            text, at = text[start : start + 160], at - start
+        # Tabs are kept in the padding, so that the caret stands under its character however wide a tab is shown.
+        padding = "".join("\t" if char == "\t" else " " for char in text[:at])
+        return [text] if self.column is None else [text, f"{padding}^"]
+
 
 class MemadviseError(Exception):
     """Base of all expected failures.
@@ -40,13 +52,9 @@ class MemadviseError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        lines = [self.message]
+        lines = [self.message if self.where is None else f"{self.where}: error: {self.message}"]
         if self.where is not None:
-            lines.append(f"  at {self.where}")
-            if self.where.text is not None:
-                lines.append(f"    {self.where.text}")
-                if self.where.column is not None:
-                    lines.append("    " + " " * (self.where.column - 1) + "^")
+            lines += [f"    {line}" for line in self.where.excerpt()]
         if self.hint is not None:
             lines.append(f"  hint: {self.hint}")
         return "\n".join(lines)
