@@ -167,7 +167,7 @@ def test_numbers_a_plan_cannot_hold(text: str) -> None:
         ),
         (
             with_rule("{match: a, method: b, axes: }"),
-            "3:25: error: option 'axes' of rules[0] has no value",
+            "3:27: error: option 'axes' of rules[0] has no value",
             "remove the key",
         ),
         (with_rule("{match: a, method: b, axes: [1, {}]}"), "option 'axes' of rules[0][1] should be a scalar", None),
