@@ -1,0 +1,111 @@
+"""Hard rules: what may be done to which parameter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from memadvise.advise.candidates import DENSE, candidate_settings, make_groups, static_prior
+from memadvise.ledger import Parameter, Segment
+from memadvise.plan.schema import Setting
+
+
+def parameter(name: str, shape: tuple[int, ...], role: str, **more: object) -> Parameter:
+    numel = 1
+    for size in shape:
+        numel *= size
+    axes: dict[str, object] = {"fan_in": tuple(range(1, len(shape))), "fan_out": (0,)} if len(shape) > 1 else {}
+    values = {"dtype": "float32", "trainable": True, "module": name.rpartition(".")[0], "module_type": "Linear"}
+    return Parameter(name=name, shape=shape, role=role, num_bytes=4 * numel, **{**values, **axes, **more})  # type: ignore[arg-type]
+
+
+def axes(p: Parameter) -> set[tuple[int, ...]]:
+    return {tuple(s.options["axes"]) for s in candidate_settings(p) if s.method == "slimadam"}
+
+
+@pytest.mark.parametrize("role", ["token_embedding", "position_embedding", "tied_embedding", "head"])
+def test_the_token_axis_is_never_averaged(role: str) -> None:
+    assert axes(parameter("e.weight", (512, 64), role)) == {(1,)}
+
+
+def test_a_transposed_head_keeps_its_tokens_too() -> None:
+    assert axes(parameter("head.weight", (64, 512), "head", fan_in=(0,), fan_out=(1,))) == {(0,)}
+
+
+@pytest.mark.parametrize(
+    "p",
+    [
+        parameter("b", (100_000,), "bias"),
+        parameter("s", (), "vector"),
+        parameter("w", (63, 65), "linear"),  # 4095 elements
+    ],
+)
+def test_vectors_and_tiny_tensors_stay_dense(p: Parameter) -> None:
+    assert candidate_settings(p) == (DENSE,)
+
+
+def test_a_matrix_of_unknown_axes_is_averaged_within_rows_only() -> None:
+    assert axes(parameter("w", (64, 64, 4), "unknown", fan_in=(), fan_out=())) == {(1, 2)}
+
+
+def test_dense_comes_first_and_no_setting_twice() -> None:
+    for p in (
+        parameter("w", (128, 64), "mlp_up"),
+        parameter("c", (64, 32, 3, 3), "conv"),
+        parameter("q", (64, 64), "attention_query", heads=4),
+    ):
+        settings = candidate_settings(p)
+        assert settings[0] == DENSE
+        assert len({s.key for s in settings}) == len(settings)
+    assert axes(parameter("c", (64, 32, 3, 3), "conv")) == {(1, 2, 3), (0,), (0, 1, 2, 3), (2, 3)}
+
+
+def test_heads_of_queries_and_keys() -> None:
+    q = parameter("q", (64, 64), "attention_query", heads=4)
+    assert Setting("adam_mini", {"partition": "head", "heads": 4}) in candidate_settings(q)
+    transposed = replace(q, fan_in=(0,), fan_out=(1,))
+    assert Setting("adam_mini", {"partition": "head", "heads": 4, "axis": 1}) in candidate_settings(transposed)
+    assert all(s.method != "adam_mini" for s in candidate_settings(replace(q, role="attention_value")))
+    assert all(s.method != "adam_mini" for s in candidate_settings(replace(q, heads=None)))
+    assert all(s.method != "adam_mini" for s in candidate_settings(replace(q, heads=5)))  # does not divide
+
+
+def test_fused_qkv_splits_values_by_row() -> None:
+    segments = (
+        Segment("attention_query", 0, 64, 4),
+        Segment("attention_key", 64, 96, 2),
+        Segment("attention_value", 96, 128, 2),
+    )
+    fused = parameter("qkv", (128, 64), "attention_qkv", segments=segments)
+    expected = Setting("adam_mini", {"partition": "head", "segments": [[0, 64, 4], [64, 96, 2], [96, 128, 0]]})
+    assert expected in candidate_settings(fused)
+    assert all(s.method != "adam_mini" for s in candidate_settings(replace(fused, segments=())))
+
+
+def test_static_prior_follows_the_papers() -> None:
+    assert static_prior(parameter("q", (64, 64), "attention_query")) == Setting("slimadam", {"axes": [1]})
+    assert static_prior(parameter("v", (64, 64), "attention_value")) == Setting("slimadam", {"axes": [0]})
+    assert static_prior(parameter("d", (64, 256), "mlp_down")) == Setting("slimadam", {"axes": [0]})
+    assert static_prior(parameter("e", (256, 64), "token_embedding")) == Setting("slimadam", {"axes": [1]})
+    assert static_prior(parameter("n", (64,), "norm")) == DENSE
+    for role in ("attention_query", "mlp_up", "conv", "head", "unknown"):
+        p = parameter("x", (64, 64), role)
+        assert static_prior(p) in candidate_settings(p)
+
+
+def test_groups_pool_equal_role_and_shape_across_names() -> None:
+    parameters = [
+        parameter("h.0.q.weight", (64, 64), "attention_query", heads=4),
+        parameter("h.1.q.weight", (64, 64), "attention_query", heads=4),
+        parameter("h.0.k.weight", (64, 64), "attention_key", heads=4),
+        parameter("g.0.q.weight", (64, 64), "attention_query", heads=4),
+        parameter("g.1.q.weight", (64, 64), "attention_query", heads=8),
+        parameter("frozen.weight", (64, 64), "linear", trainable=False),
+    ]
+    groups = make_groups(parameters)
+    assert [(g.patterns, len(g.members)) for g in groups] == [
+        (("h.*.q.weight", "g.*.q.weight"), 3),
+        (("h.*.k.weight",), 1),
+        (("g.*.q.weight",), 1),
+    ]
