@@ -114,14 +114,14 @@ def recommend(
         after = trace(plan)
         if smallest is None or after.peak_bytes < smallest[0]:
             smallest = (after.peak_bytes, after)
-        excess = after.peak_bytes - budget_bytes
-        if excess <= 0:
+        if after.peak_bytes <= budget_bytes:
             return _finished(
                 scan, plan, after, budget_bytes, groups, (harms, choice.solution), choice.solution.note,
                 needs_compression=any(s != DENSE for s in picked) or choice.switches != Switches(),
             )  # fmt: skip
         index = scan.memory.index(choice.ledger)
-        room_lost[index] = room_lost.get(index, 0) + excess
+        # What this trace shows beyond the arithmetic; the next state is smaller than this one, so the loop ends.
+        room_lost[index] = after.peak_bytes - fixed_peak_bytes(choice.ledger) - choice.solution.num_bytes
     raise _infeasible(scan, options, budget_bytes, smallest)
 
 

@@ -1,0 +1,257 @@
+"""The way from a scan to a plan, with a tracer that answers by arithmetic plus a known scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from memadvise.advise.candidates import candidate_settings
+from memadvise.advise.recommend import ENGINE_ADAMW, Recommendation, recommend
+from memadvise.errors import Infeasible, MemadviseError, UsageError
+from memadvise.ledger import (
+    FidelityValue,
+    MemoryLedger,
+    Parameter,
+    ParameterProbe,
+    PhasePeak,
+    ProbeLedger,
+    Scan,
+)
+from memadvise.names import matches
+from memadvise.optim.registry import state_bytes
+from memadvise.plan.schema import Plan, Setting, Switches
+
+SCRATCH = 10_000
+ROWS, COLUMNS = 256, 128
+WEIGHT = 4 * ROWS * COLUMNS
+DENSE_BYTES = state_bytes(Setting("adamw"), (ROWS, COLUMNS))
+
+
+def matrix(name: str, role: str) -> Parameter:
+    return Parameter(name, (ROWS, COLUMNS), "float32", WEIGHT, True, role, name, "Linear", (1,), (0,))
+
+
+PARAMETERS = (
+    matrix("h.0.up.weight", "mlp_up"),
+    matrix("h.1.up.weight", "mlp_up"),
+    matrix("h.0.down.weight", "mlp_down"),
+    matrix("h.1.down.weight", "mlp_down"),
+    matrix("head.weight", "head"),
+    Parameter("norm.weight", (COLUMNS,), "float32", 4 * COLUMNS, True, "norm", "norm", "LayerNorm"),
+)
+DENSE_STATE = sum(state_bytes(Setting("adamw"), p.shape) for p in PARAMETERS)
+WEIGHTS = sum(p.num_bytes for p in PARAMETERS)
+# Averaging over axis 1 hardly hurts the MLP, axis 0 hurts it ten times more; the head is the most sensitive.
+HARM = {"mlp_up": 1.0, "mlp_down": 2.0, "head": 50.0}
+
+
+def harm(parameter: Parameter, setting: Setting) -> float:
+    if setting.method == "adamw":
+        return 0.0
+    return HARM[parameter.role] * {(1,): 1.0, (0,): 10.0, (0, 1): 20.0}[tuple(setting.options["axes"])]
+
+
+def ledger(
+    state: int, switches: Switches = Switches(), optimizer: str = ENGINE_ADAMW, scratch: int = 0, saved: int = 300_000
+) -> MemoryLedger:
+    activations = saved // switches.micro_batches // (4 if switches.checkpoint else 1)
+    forward = {"weights": WEIGHTS, "optimizer_state": state, "activations": activations}
+    step = {"weights": WEIGHTS, "gradients": WEIGHTS, "optimizer_state": state, "temporaries": scratch}
+    phases = (
+        PhasePeak("forward", sum(forward.values()), forward),
+        PhasePeak("step", sum(step.values()), step),
+    )
+    worst = max(phases, key=lambda p: p.peak_bytes)
+    return MemoryLedger(
+        "estimate", "cuda", optimizer, switches.micro_batches, switches.checkpoint, worst.peak_bytes, worst.phase, state,
+        worst.by_category, {"": worst.by_category}, phases, (), (), 0,
+    )  # fmt: skip
+
+
+def plan_state(plan: Plan) -> int:
+    total = 0
+    for parameter in PARAMETERS:
+        rule = next(r for r in plan.rules if matches(r.match, parameter.name))
+        total += state_bytes(Setting(rule.method, rule.options), parameter.shape)
+    return total
+
+
+def trace(plan: Plan) -> MemoryLedger:
+    return ledger(plan_state(plan), plan.switches, "memadvise plan", SCRATCH)
+
+
+def scan(switches: tuple[Switches, ...] = (Switches(),), *, probe: bool = True, saved: int = 300_000) -> Scan:
+    measured = tuple(
+        ParameterProbe(
+            p.name, fidelity=tuple(FidelityValue(s.key, harm(p, s), 0.01) for s in candidate_settings(p))
+        )
+        for p in PARAMETERS
+    )  # fmt: skip
+    return Scan(
+        target="model.py",
+        target_sha256=None,
+        environment={},
+        fingerprint="sha256:f",
+        parameters=PARAMETERS,
+        memory=(
+            ledger(DENSE_STATE, optimizer="torch.optim.AdamW", scratch=WEIGHTS, saved=saved),
+            *(ledger(DENSE_STATE, s, saved=saved) for s in switches),
+        ),
+        probe=ProbeLedger(2, (1,), 1e-3, (1.0,), measured, ()) if probe else None,
+    )
+
+
+def settings(result: Recommendation) -> dict[str, str]:
+    return {choice.role: choice.setting_key for choice in result.groups}
+
+
+def room(state: int) -> int:
+    """The budget that leaves exactly ``state`` bytes for state in the step phase, scratch included."""
+    return 2 * WEIGHTS + SCRATCH + state
+
+
+def test_what_fits_needs_no_compression() -> None:
+    result = recommend(scan(), 10**9, trace=trace)
+    assert not result.needs_compression
+    assert [(r.match, r.method) for r in result.plan.rules] == [("**", "adamw")]
+    assert "nothing needs compressing" in result.explanation[0]
+    assert result.plan.predicted_state_bytes == DENSE_STATE
+    assert result.margin_bytes == 10**9 - result.after.peak_bytes
+
+
+def test_the_least_sensitive_group_is_compressed_first() -> None:
+    mean = state_bytes(Setting("slimadam", {"axes": [1]}), (ROWS, COLUMNS))
+    one_pair_saved = DENSE_STATE - 2 * (DENSE_BYTES - mean)
+    result = recommend(scan(), room(one_pair_saved), trace=trace)
+    assert result.needs_compression
+    assert settings(result) == {
+        "mlp_up": "slimadam(axes=[1])", "mlp_down": "adamw", "head": "adamw", "norm": "adamw",
+    }  # fmt: skip
+    assert result.solver_note == "optimal"
+    assert result.after.peak_bytes == result.budget_bytes  # the scratch was found by tracing, not guessed
+    assert result.margin_bytes == 0
+    assert result.plan.predicted_peak_bytes == result.after.peak_bytes
+    assert result.plan.predicted_state_bytes == plan_state(result.plan) == one_pair_saved
+
+
+def test_one_byte_less_compresses_the_next_group() -> None:
+    mean = state_bytes(Setting("slimadam", {"axes": [1]}), (ROWS, COLUMNS))
+    result = recommend(scan(), room(DENSE_STATE - 2 * (DENSE_BYTES - mean)) - 1, trace=trace)
+    assert settings(result)["head"] == "adamw"
+    assert result.after.peak_bytes <= result.budget_bytes
+
+
+def test_time_is_spent_before_quality() -> None:
+    # 2 MB of activations: half of them fit the budget with every state in full, so nothing is compressed.
+    saved = 2_000_000
+    big = scan((Switches(), Switches(2), Switches(1, ("h.*",)), Switches(2, ("h.*",))), saved=saved)
+
+    def traced(plan: Plan) -> MemoryLedger:
+        return ledger(plan_state(plan), plan.switches, "memadvise plan", SCRATCH, saved)
+
+    budget = WEIGHTS + DENSE_STATE + saved // 2
+    assert budget >= room(DENSE_STATE)
+    result = recommend(big, budget, trace=traced)
+    assert result.plan.switches == Switches(2)  # two micro-batches are the cheapest that fit
+    assert {c.setting_key for c in result.groups} == {"adamw"}
+    assert any("split_batch" in line for line in result.explanation)
+    tight = recommend(big, budget - saved // 8 - 1, trace=traced)
+    assert tight.plan.switches.checkpoint == ("h.*",)
+    assert {c.setting_key for c in tight.groups} == {"adamw"}
+
+
+def test_infeasible_names_the_smallest_peak_and_what_dominates() -> None:
+    with pytest.raises(Infeasible) as caught:
+        recommend(scan((Switches(), Switches(1, ("h.*",)))), 300_000, trace=trace)
+    assert caught.value.exit_code == 1
+    text = str(caught.value)
+    assert "smallest reachable peak" in text
+    assert "gradients" in text
+    assert "hint" in text
+    smallest = int("".join(ch for ch in (caught.value.hint or "").split("to ")[1].split(" ")[0] if ch.isdigit()))
+    fits = recommend(scan((Switches(), Switches(1, ("h.*",)))), smallest + SCRATCH, trace=trace)
+    assert fits.after.peak_bytes <= smallest + SCRATCH
+
+
+def test_unmeasured_parameters_are_compressed_last_and_say_so() -> None:
+    base = scan()
+    assert base.probe is not None
+    partial = replace(
+        base,
+        probe=replace(
+            base.probe,
+            parameters=tuple(
+                replace(p, fidelity=(), unknown="out of memory") if ".up." in p.name else p for p in base.probe.parameters
+            ),
+        ),
+    )
+    mean = state_bytes(Setting("slimadam", {"axes": [1]}), (ROWS, COLUMNS))
+    result = recommend(partial, room(DENSE_STATE - 2 * (DENSE_BYTES - mean)), trace=trace)
+    assert settings(result)["mlp_up"] == "adamw"
+    assert settings(result)["mlp_down"] == "slimadam(axes=[1])"
+    everything = recommend(partial, room(plan_state(recommend(partial, 700_000 + room(0), trace=trace).plan)), trace=trace)
+    rows = {c.role: c for c in everything.groups}
+    if rows["mlp_up"].setting_key != "adamw":
+        assert rows["mlp_up"].expected_harm is None
+        assert "out of memory" in rows["mlp_up"].reason
+
+
+def test_without_a_probe_the_papers_prior_decides() -> None:
+    mean = state_bytes(Setting("slimadam", {"axes": [1]}), (ROWS, COLUMNS))
+    result = recommend(scan(probe=False), room(DENSE_STATE - 5 * (DENSE_BYTES - mean)), trace=trace)
+    assert settings(result)["mlp_up"] == "slimadam(axes=[0])"
+    assert all(c.expected_harm is None for c in result.groups if c.setting_key != "adamw")
+    assert any("no probe" in c.reason for c in result.groups)
+
+
+def test_pins_and_prohibitions() -> None:
+    result = recommend(scan(), 10**9, trace=trace, pins=[("h.0.**", Setting("lion"))])
+    assert {r.match: r.method for r in result.plan.rules} == {"h.0.up.weight": "lion", "h.0.down.weight": "lion", "**": "adamw"}
+    with pytest.raises(Infeasible):
+        recommend(scan(), room(DENSE_STATE) - 1, trace=trace, forbidden=["slimadam", "adam_mini"])
+    with pytest.raises(UsageError, match="matches no trainable parameter"):
+        recommend(scan(), 10**9, trace=trace, pins=[("nothing.*", Setting("lion"))])
+    with pytest.raises(UsageError, match="cannot be forbidden"):
+        recommend(scan(), 10**9, trace=trace, forbidden=["adamw"])
+    with pytest.raises(MemadviseError, match="slimadam"):
+        recommend(scan(), 10**9, trace=trace, forbidden=["slimadm"])
+    with pytest.raises(MemadviseError, match="norm.weight"):
+        recommend(scan(), 10**9, trace=trace, pins=[("norm.*", Setting("slimadam", {"axes": [1]}))])
+
+
+def test_ambiguous_patterns_become_exact_names() -> None:
+    names = [("0.weight", "mlp_up"), ("2.weight", "mlp_down")]
+    parameters = tuple(matrix(name, role) for name, role in names)
+    base = scan()
+    mine = replace(
+        base,
+        parameters=parameters,
+        probe=ProbeLedger(
+            2, (1,), 1e-3, (1.0,),
+            tuple(ParameterProbe(p.name, fidelity=tuple(FidelityValue(s.key, harm(p, s), 0.0) for s in candidate_settings(p))) for p in parameters),
+            (),
+        ),
+    )  # fmt: skip
+    seen: list[Plan] = []
+
+    def spy(plan: Plan) -> MemoryLedger:
+        seen.append(plan)
+        return ledger(plan.predicted_state_bytes or 0, plan.switches)
+
+    mean = state_bytes(Setting("slimadam", {"axes": [1]}), (ROWS, COLUMNS))
+    result = recommend(mine, 2 * WEIGHTS + DENSE_BYTES + mean, trace=spy)
+    assert [r.match for r in result.plan.rules] == ["0.weight", "**"]
+    assert result.plan.model is not None
+    assert result.plan.model.shapes == {"*.weight": (ROWS, COLUMNS)}
+    assert seen
+
+
+def test_a_trace_that_never_fits_ends() -> None:
+    def growing(plan: Plan) -> MemoryLedger:
+        return ledger(plan_state(plan) + 50_000_000, plan.switches)
+
+    tracer: Callable[[Plan], MemoryLedger] = growing
+    with pytest.raises(Infeasible):
+        recommend(scan(), room(DENSE_STATE) - 1, trace=tracer)
