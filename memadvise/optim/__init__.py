@@ -1,0 +1,33 @@
+"""Optimizers with less state: one engine, every parameter its own method. Needs torch only.
+
+The names load lazily: the registry of methods is wanted without the optimizer classes, and the other way round.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memadvise.optim.classes import SGD, AdamMini, AdamW, Lion, SlimAdam
+    from memadvise.optim.create import bind_plan, create_optimizer
+    from memadvise.optim.optimizer import MemadviseOptimizer
+
+_LAZY = {
+    "AdamMini": "classes",
+    "AdamW": "classes",
+    "Lion": "classes",
+    "SGD": "classes",
+    "SlimAdam": "classes",
+    "MemadviseOptimizer": "optimizer",
+    "bind_plan": "create",
+    "create_optimizer": "create",
+}
+
+__all__ = ["SGD", "AdamMini", "AdamW", "Lion", "MemadviseOptimizer", "SlimAdam", "bind_plan", "create_optimizer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"memadvise.optim.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'memadvise.optim' has no attribute '{name}'")

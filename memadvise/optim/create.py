@@ -1,0 +1,229 @@
+"""From a plan to an optimizer: which rule decides for which parameter, and everything that can be wrong with that."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from memadvise.errors import Mark, MemadviseError, OptimizerError, PlanError
+from memadvise.names import canonical_name, matches, repeat_pattern
+from memadvise.optim.optimizer import MemadviseOptimizer
+from memadvise.optim.registry import method_info, problems_of
+from memadvise.plan.schema import ModelShape, Plan, Rule, Setting
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_SHOWN = 4
+
+
+def create_optimizer(
+    model: nn.Module,
+    plan: str | Path | Plan | Setting,
+    *,
+    lr: float | Tensor,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] | None = None,
+    eps: float = 1e-8,
+    executor: str | None = None,
+    param_groups: Iterable[Any] | None = None,
+) -> MemadviseOptimizer:
+    """The optimizer that executes ``plan`` on the trainable parameters of ``model``.
+
+    Args:
+        plan: the path of a plan file, a plan, or one setting for every parameter (0-D and 1-D tensors then keep dense
+            AdamW state where the method is meant for matrices).
+        lr: learning rate; a 0-dim tensor works too.
+        weight_decay: decoupled, for every parameter; pass ``param_groups`` to exempt some.
+        betas: default (0.9, 0.999), or Lion's (0.9, 0.99) where every parameter uses Lion.
+        executor: "eager", "chunked" or "fused"; None chooses.
+        param_groups: your own groups of the model's parameters (tensors or named pairs), kept in number and order;
+            default one group with every trainable parameter.
+
+    Raises:
+        PlanError: every mistake of the plan, at once, with its place in the file.
+        OptimizerError: a hyper-parameter out of range, or a group with a parameter that is not of the model.
+    """
+    named = _named(model)
+    trainable = {name: p for name, p in named.items() if p.requires_grad}
+    if not trainable:
+        raise OptimizerError("the model has no trainable parameter", hint="set requires_grad=True where training is meant")
+    settings: Setting | dict[str, Setting]
+    if isinstance(plan, Setting):
+        settings, methods = plan, {plan.method}
+    else:
+        if not isinstance(plan, Plan):
+            from memadvise.plan.load import load_plan
+
+            plan = load_plan(plan)
+        shapes = {name: tuple(p.shape) for name, p in trainable.items()}
+        settings = bind_plan(plan, shapes, frozen=named.keys() - trainable.keys())
+        methods = {setting.method for setting in settings.values()}
+    if betas is None:
+        betas = method_info(methods.pop()).method.default_betas if len(methods) == 1 else (0.9, 0.999)
+    groups = list(trainable.items()) if param_groups is None else _named_groups(param_groups, named)
+    return MemadviseOptimizer(
+        groups, settings, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, executor=executor
+    )
+
+
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    """Canonical name -> parameter, tied parameters once, under their first name."""
+    named: dict[str, Tensor] = {}
+    for raw, p in model.named_parameters():
+        name = canonical_name(raw)
+        if name in named:
+            raise OptimizerError(f"two parameters are called {name}", hint="pass the model without its wrapper")
+        named[name] = p
+    return named
+
+
+def _named_groups(groups: Iterable[Any], named: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """The user's groups with every parameter under its canonical name."""
+    name_of = {p: name for name, p in named.items()}
+    groups = list(groups)
+    if groups and not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    renamed = []
+    for index, group in enumerate(groups):
+        pairs = []
+        for item in [group["params"]] if isinstance(group["params"], Tensor) else group["params"]:
+            p = item[1] if isinstance(item, tuple) else item
+            if p not in name_of:
+                raise OptimizerError(f"group {index} holds a parameter that is not of this model")
+            pairs.append((name_of[p], p))
+        renamed.append({**group, "params": pairs})
+    return renamed
+
+
+def bind_plan(
+    plan: Plan, parameters: Mapping[str, tuple[int, ...]], *, frozen: Collection[str] = ()
+) -> dict[str, Setting]:
+    """Which setting each of ``parameters`` (canonical name -> shape, trainable only) gets: the first rule that matches.
+
+    Args:
+        frozen: names of parameters without gradients; they need no rule, and a rule for them alone matches nothing.
+
+    Raises:
+        PlanError: all problems at once: another model, an unknown method or option, an option that does not fit,
+            a rule that matches nothing, a parameter that no rule matches.
+    """
+    problems: list[MemadviseError] = list(_other_model(plan, parameters))
+    bound: dict[str, Setting] = {}
+    seen: dict[int, set[str]] = {}
+    matched = [False] * len(plan.rules)
+    for name, shape in parameters.items():
+        for number, rule in enumerate(plan.rules):
+            if not _matches(rule, name):
+                continue
+            matched[number] = True
+            if name in bound:
+                continue
+            bound[name] = Setting(rule.method, dict(rule.options))
+            for problem in problems_of(bound[name], shape, name=name, marks=rule.marks):
+                # one mistake in a rule is one message, not one for each parameter the rule decides
+                kind = problem.message.removeprefix(f"{name}: ")
+                if kind not in seen.setdefault(number, set()):
+                    seen[number].add(kind)
+                    problems.append(problem)
+    for number, rule in enumerate(plan.rules):
+        if matched[number]:
+            continue
+        problems.append(_unused(rule, parameters, frozen))
+        options_only = problems_of(Setting(rule.method, dict(rule.options)), (), name="", marks=rule.marks)
+        problems.extend(p for p in options_only if not p.message.startswith(": "))
+    problems.extend(_unmatched([name for name in parameters if name not in bound], plan))
+    if problems:
+        raise PlanError(sorted(problems, key=_position))
+    return bound
+
+
+def _matches(rule: Rule, name: str) -> bool:
+    try:
+        return matches(rule.match, name)
+    except re.error as error:
+        where = rule.marks.get("match")
+        raise PlanError([MemadviseError(f"'{rule.match}' is not a regular expression: {error}", where=where)]) from error
+
+
+def _position(problem: MemadviseError) -> tuple[int, int]:
+    mark: Mark | None = problem.where
+    return (mark.line, mark.column or 0) if mark else (0, 0)
+
+
+def _unused(rule: Rule, parameters: Mapping[str, tuple[int, ...]], frozen: Collection[str]) -> MemadviseError:
+    where = rule.marks.get("match")
+    if any(_matches(rule, name) for name in frozen):
+        return OptimizerError(
+            f"'{rule.match}' matches only frozen parameters", where=where, hint="frozen parameters need no rule: remove it"
+        )
+    close = _closest(rule.match, parameters)
+    return OptimizerError(
+        f"'{rule.match}' matches no trainable parameter",
+        where=where,
+        hint=f"the closest name is {close}" if close else "remove the rule, or correct its pattern",
+    )
+
+
+def _closest(pattern: str, names: Iterable[str]) -> str | None:
+    import difflib
+
+    close = difflib.get_close_matches(pattern, list(names), n=1, cutoff=0.5)
+    return close[0] if close else None
+
+
+def _unmatched(names: list[str], plan: Plan) -> Iterable[MemadviseError]:
+    by_pattern: dict[str, list[str]] = {}
+    for name in names:
+        by_pattern.setdefault(repeat_pattern(name)[0], []).append(name)
+    where = Mark(plan.path, 1) if plan.path else None
+    for pattern, members in by_pattern.items():
+        more = f" (and {len(members) - 1} more like {pattern})" if len(members) > 1 else ""
+        yield OptimizerError(
+            f"no rule matches {members[0]}{more}",
+            where=where,
+            hint=f'add a rule, for example: {{match: "{pattern}", method: adamw}}',
+        )
+
+
+def _other_model(plan: Plan, parameters: Mapping[str, tuple[int, ...]]) -> Iterable[MemadviseError]:
+    """One problem if the plan was made for a model of other parameters, naming those that differ."""
+    if plan.model is None:
+        return
+    lines = _differences(plan.model, parameters)
+    total = sum(math.prod(shape) for shape in parameters.values())
+    if not lines and plan.model.num_parameters != total:
+        lines = [f"{plan.model.num_parameters:,} trainable values in the plan, {total:,} in this model (another depth?)"]
+    if lines:
+        shown = lines[:_SHOWN] + ([f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])
+        yield OptimizerError(
+            f"the plan was made for another model ({plan.model.fingerprint}): " + "; ".join(shown),
+            where=Mark(plan.path, 1) if plan.path else None,
+            hint="scan this model and recommend again, or remove 'model:' from the plan to use its rules all the same",
+        )
+
+
+def _differences(model: ModelShape, parameters: Mapping[str, tuple[int, ...]]) -> list[str]:
+    if not model.shapes:
+        return []
+    lines, found = [], set()
+    for name, shape in parameters.items():
+        key = name if name in model.shapes else repeat_pattern(name)[0]
+        if key in found:
+            continue
+        expected = model.shapes.get(key)
+        if expected is None:
+            lines.append(f"{name} is not in the plan's model")
+        elif tuple(expected) != tuple(shape):
+            lines.append(f"{name} has shape {list(shape)}, the plan's model {list(expected)}")
+        else:
+            continue
+        found.add(key)
+    present = set(parameters) | {repeat_pattern(name)[0] for name in parameters}
+    lines += [f"{key} {list(shape)} is missing from this model" for key, shape in model.shapes.items() if key not in present]
+    return lines

@@ -1,0 +1,173 @@
+"""What one optimizer step does: resolve each parameter's setting, create its state, choose an executor, run.
+
+The decision for a parameter is made once, from its name, shape and setting; the executor from its dtype and device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from memadvise.errors import OptimizerError
+from memadvise.optim.executors import chunked, eager, fused
+from memadvise.optim.executors.work import Work
+from memadvise.optim.method import Hyper, Method, Options, Shape, StateSpec, Tensors, compute_dtype, device_type
+from memadvise.optim.registry import parse_options, validate
+from memadvise.plan.schema import Setting
+
+EXECUTORS = ("eager", "chunked", "fused")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What was decided for one parameter."""
+
+    name: str
+    shape: Shape
+    setting: Setting
+    method: Method
+    options: Options
+    specs: dict[str, StateSpec]
+
+
+def resolve(name: str, p: Tensor, setting: Setting) -> Resolved:
+    """Check that ``setting`` can be executed on ``p``.
+
+    Raises:
+        OptimizerError: the setting does not fit, or ``p`` is complex, an integer or not yet initialised.
+    """
+    if torch.nn.parameter.is_lazy(p):
+        raise OptimizerError(f"{name} has no shape yet", hint="run one forward pass before making the optimizer")
+    if not p.is_floating_point():
+        raise OptimizerError(f"{name} has dtype {p.dtype}", hint="split a complex parameter in its real and imaginary parts")
+    shape = tuple(p.shape)
+    validate(setting, shape, name=name)
+    method, options = parse_options(setting)
+    return Resolved(name, shape, setting, method, options, method.spec(shape, options, compute_dtype(p.dtype)))
+
+
+def choose_executor(resolved: Resolved, p: Tensor, forced: str | None) -> str:
+    """``fused`` where it is the same arithmetic, else ``chunked``; ``eager`` for tensor subclasses such as DTensor."""
+    if forced == "fused" and not fused.supports(resolved.method, p):
+        raise OptimizerError(
+            f"{resolved.name} ({resolved.setting.key}, {str(p.dtype).removeprefix('torch.')}) cannot use the fused executor",
+            hint='it runs adamw on float32 and float64 only: leave executor unset, or use executor="chunked"',
+        )
+    if forced is not None:
+        return forced
+    if is_traceable_wrapper_subclass(p):
+        return "eager"  # the pure functions follow the subclass's own rules; boxes and raw memory do not
+    return "fused" if fused.supports(resolved.method, p) else "chunked"
+
+
+def check_executor(executor: str | None) -> None:
+    """Raises OptimizerError for a name that is no executor."""
+    if executor is not None and executor not in EXECUTORS:
+        raise OptimizerError(f"there is no executor '{executor}'", hint=f"executors: {', '.join(EXECUTORS)}")
+
+
+def new_state(resolved: Resolved, p: Tensor, executor: str) -> Tensors:
+    """All state of one parameter, zeros. Made from the parameter by operations, so that subclasses stay themselves."""
+    return {name: _zeros(resolved, p, name, spec, executor) for name, spec in resolved.specs.items()}
+
+
+def step_device(p: Tensor, executor: str) -> torch.device:
+    """Where the step counter lives: with the parameter for the fused op, else on the CPU, as in torch.optim."""
+    return p.device if executor == "fused" else torch.device("cpu")
+
+
+def _zeros(resolved: Resolved, p: Tensor, name: str, spec: StateSpec, executor: str) -> Tensor:
+    if name == "step":
+        return torch.zeros((), dtype=spec.dtype, device=step_device(p, executor))
+    if spec.elementwise:
+        return torch.zeros_like(p, dtype=spec.dtype, requires_grad=False)
+    if not is_traceable_wrapper_subclass(p):
+        return torch.zeros(spec.shape, dtype=spec.dtype, device=p.device)
+    axes = tuple(a for a, (size, kept) in enumerate(zip(p.shape, spec.shape, strict=True)) if size != kept)
+    if any(spec.shape[a] != 1 for a in axes):
+        raise OptimizerError(
+            f"{resolved.name} is a {type(p).__name__}: {resolved.setting.key} groups its rows, which shards may cut",
+            hint="use partition: row for it",
+        )
+    like = p.detach().to(spec.dtype)
+    return torch.zeros_like(like.mean(axes, keepdim=True) if axes else like)
+
+
+def state_problem(resolved: Resolved, state: dict[str, Any]) -> str | None:
+    """Why ``state`` (of a checkpoint) is not the state of this parameter; None if it is."""
+    if set(state) != set(resolved.specs):
+        have, want = ", ".join(sorted(map(str, state))) or "nothing", ", ".join(sorted(resolved.specs)) or "nothing"
+        return f"it holds {have}, {resolved.setting.key} needs {want}"
+    for name, spec in resolved.specs.items():
+        value = state[name]
+        shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+        if shape != spec.shape and not (name == "step" and math.prod(shape) == 1):
+            return f"its {name} has shape {list(shape)}, {resolved.setting.key} needs {list(spec.shape)}"
+    return None
+
+
+def check_gradient(resolved: Resolved, p: Tensor, g: Tensor) -> None:
+    """Raises OptimizerError for what no method here can step: a changed shape, a sparse or complex gradient."""
+    if tuple(p.shape) != resolved.shape:
+        raise OptimizerError(
+            f"{resolved.name} had shape {list(resolved.shape)} when the optimizer was made and has {list(p.shape)} now",
+            hint="make the optimizer after the model has its final shapes (and after sharding or flattening it)",
+        )
+    if g.layout != torch.strided:
+        raise OptimizerError(
+            f"{resolved.name} has a sparse gradient ({g.layout})", hint="use sparse=False in the embedding that owns it"
+        )
+    if g.is_complex():
+        raise OptimizerError(f"{resolved.name} has a complex gradient", hint="split it in its real and imaginary parts")
+
+
+def run(items: Sequence[tuple[Resolved, Tensor, Tensor, Tensors]], h: Hyper, forced: str | None) -> None:
+    """Step the parameters of one group: ``items`` are (resolved, p, g, state), with state already made."""
+    buckets: dict[str, list[Work]] = {name: [] for name in EXECUTORS}
+    for resolved, p, g, state in items:
+        work = Work(p, g, state, resolved.method, resolved.options, resolved.specs, {})
+        executor = choose_executor(resolved, p, forced)
+        if executor == "fused" and not fused.aligned(work):
+            executor = "chunked"
+        buckets[executor].append(work)
+    works = [work for bucket in buckets.values() for work in bucket]
+    _advance([work for work in works if "step" in work.specs])
+    _set_scalars(buckets["chunked"] + buckets["eager"], h)
+    for name, module in (("fused", fused), ("chunked", chunked), ("eager", eager)):
+        if buckets[name]:
+            module.step(buckets[name], h)
+
+
+def _advance(works: list[Work]) -> None:
+    if works:
+        torch._foreach_add_([work.state["step"] for work in works], 1)
+
+
+def _set_scalars(works: list[Work], h: Hyper) -> None:
+    """Bias corrections of many parameters at once: a vector of steps, a few operations for all of them."""
+    groups: dict[tuple[str, torch.device], list[Work]] = {}
+    for work in works:
+        if "step" in work.specs:
+            groups.setdefault((work.method.name, work.state["step"].device), []).append(work)
+    for members in groups.values():
+        steps = torch.stack([work.state["step"] for work in members]).to(torch.float64)
+        for name, values in members[0].method.scalars(steps, h).items():
+            for work, value in zip(members, values.unbind(), strict=True):
+                work.scalars[name] = value
+
+
+def scratch_bytes(resolved: Resolved, p: Tensor, executor: str) -> int:
+    """Upper bound of what stepping this parameter allocates for the time of the step."""
+    if executor == "fused":
+        return 0
+    if executor == "eager":
+        return eager.scratch_bytes(resolved.shape, p.dtype)
+    return chunked.scratch_bytes(resolved.method, resolved.options, resolved.shape, p.dtype, device_type(p))
+
+

@@ -1,0 +1,70 @@
+"""The in-place forms of the bundled methods' ``stats`` and ``apply``, for one box in cache.
+
+Each must agree with the pure function it stands for; a test compares them for every method. A method without a row
+here runs its pure functions on boxes, which costs a few more passes over the cache and box-sized temporaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memadvise.optim.method import Hyper, Method, Tensors
+from memadvise.optim.methods.blockmean import BlockMeanAdam
+
+Apply = Callable[[Tensor, Tensor, Tensors, Tensors, Hyper, Any, Tensor], None]
+
+
+def _decay(p: Tensor, h: Hyper) -> None:
+    if h.weight_decay:
+        p.mul_(h.decay)
+
+
+def _adamw(p: Tensor, g: Tensor, state: Tensors, small: Tensors, h: Hyper, options: Any, temp: Tensor) -> None:
+    m, v = state["exp_avg"], state["exp_avg_sq"]
+    m.lerp_(g, 1 - h.beta1)
+    v.mul_(h.beta2).addcmul_(g, g, value=1 - h.beta2)
+    torch.sqrt(v, out=temp).div_(small["bias2_sqrt"]).add_(h.eps)
+    torch.div(m, temp, out=temp).mul_(small["step_size"])
+    _decay(p, h)
+    p.sub_(temp)
+
+
+def _block_mean(p: Tensor, g: Tensor, state: Tensors, small: Tensors, h: Hyper, options: Any, temp: Tensor) -> None:
+    m = state["exp_avg"].lerp_(g, 1 - h.beta1)
+    _decay(p, h)
+    p.addcmul_(m, small["scale"], value=-1)
+
+
+def _lion(p: Tensor, g: Tensor, state: Tensors, small: Tensors, h: Hyper, options: Any, temp: Tensor) -> None:
+    m = state["exp_avg"]
+    torch.lerp(m, g, 1 - h.beta1, out=temp).sign_().mul_(h.lr)
+    _decay(p, h)
+    p.sub_(temp)
+    m.lerp_(g, 1 - h.beta2)
+
+
+def _sgd(p: Tensor, g: Tensor, state: Tensors, small: Tensors, h: Hyper, options: Any, temp: Tensor) -> None:
+    update = state["momentum_buffer"].mul_(options.momentum).add_(g) if options.momentum else g
+    _decay(p, h)
+    torch.mul(update, h.lr, out=temp)
+    p.sub_(temp)
+
+
+APPLY: dict[str, Apply] = {
+    "adamw": _adamw,
+    "slimadam": _block_mean,
+    "adam_mini": _block_mean,
+    "lion": _lion,
+    "sgd": _sgd,
+}
+
+
+def stats(method: Method, g: Tensor, options: Any, small: Tensors, round_: int, temp: Tensor) -> Tensors:
+    """``method.stats`` with its box-sized temporary in ``temp``."""
+    if isinstance(method, BlockMeanAdam):
+        return {"sum_squares": method.blocks(tuple(g.shape), options).sum_squares(g, out=temp)}
+    return method.stats(g, options, small=small, round_=round_)

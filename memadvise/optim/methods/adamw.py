@@ -1,0 +1,49 @@
+"""AdamW (arXiv 1711.05101, Algorithm 2): both moments in full.
+
+::
+
+    p <- p (1 - lr wd);  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
+    p <- p - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
+
+State: 8 bytes a parameter (float32), whatever the parameter's dtype, and 4 for the step.
+Defaults are torch.optim.AdamW's: lr 1e-3, betas (0.9, 0.999), eps 1e-8, weight decay 0.01.
+
+Deviation: torch keeps the moments of bfloat16 and float16 parameters in their dtype, where beta2 = 0.999 freezes v
+(0.999 v rounds back to v); here they are float32. float32 and float64 parameters run the very op of
+``torch.optim.AdamW(fused=True)`` and agree with it bit for bit. No amsgrad, no maximize.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memadvise.optim.method import STEP, Hyper, Method, Shape, StateSpec, Tensors
+from memadvise.optim.methods.blockmean import adam_scalars
+
+
+class AdamW(Method):
+    name = "adamw"
+    summary = "both moments in full: the yardstick"
+    source = "arXiv 1711.05101"
+    bytes_help = "8 bytes a parameter"
+
+    def spec(self, shape: Shape, options: Any, dtype: torch.dtype) -> dict[str, StateSpec]:
+        full = StateSpec(shape, dtype, elementwise=True)
+        return {"step": STEP, "exp_avg": full, "exp_avg_sq": full}
+
+    def scalars(self, step: Tensor, h: Hyper) -> Tensors:
+        return adam_scalars(step, h)
+
+    def apply(
+        self, p: Tensor, g: Tensor, state: Tensors, small: Tensors, h: Hyper, options: Any
+    ) -> tuple[Tensor, Tensors]:
+        m = torch.lerp(state["exp_avg"], g, 1 - h.beta1)
+        v = state["exp_avg_sq"] * h.beta2 + (1 - h.beta2) * g * g
+        update = m / (v.sqrt() / small["bias2_sqrt"] + h.eps)
+        return p * h.decay - update * small["step_size"], {"exp_avg": m, "exp_avg_sq": v}
+
+    def second_moment(self, v: Tensor, options: Any) -> Tensor | None:
+        return v

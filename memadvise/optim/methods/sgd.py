@@ -1,0 +1,54 @@
+"""SGD with heavy-ball momentum: the memory floor, a yardstick.
+
+::
+
+    b <- mu b + g;  p <- p (1 - lr wd) - lr b          mu = ``momentum``; with mu = 0 there is no b
+
+State: 4 bytes a parameter, none with ``momentum: 0``. Default lr 1e-3 (torch's), weight decay 0; in comparisons we
+take 100 times AdamW's learning rate: the customary 0.1 with momentum 0.9 beside 1e-3. ``betas`` and ``eps`` are not used.
+
+Deviation from torch.optim.SGD: weight decay is decoupled (SGDW, arXiv 1711.05101, Algorithm 1), because one plan has
+one weight decay for all its methods. Without momentum or without decay the two are the same. No dampening, no Nesterov.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memadvise.optim.method import Hyper, Method, OptionProblem, Options, Shape, StateSpec, Tensors
+
+
+@dataclass(frozen=True)
+class SGDOptions(Options):
+    """``momentum`` in [0, 1)."""
+
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.momentum, int | float) or isinstance(self.momentum, bool) or not 0 <= self.momentum < 1:
+            raise OptionProblem("momentum", f"momentum should be a number from 0 up to, not including, 1, found {self.momentum!r}")
+
+
+class SGD(Method):
+    name = "sgd"
+    summary = "momentum only, or nothing at all: the memory floor"
+    source = "arXiv 1711.05101"
+    options_type = SGDOptions
+    options_help = {"momentum": "heavy-ball momentum, 0 for none"}
+    bytes_help = "4 bytes a parameter; none with momentum: 0"
+    default_weight_decay = 0.0
+    lr_factor = 100.0
+
+    def spec(self, shape: Shape, options: SGDOptions, dtype: torch.dtype) -> dict[str, StateSpec]:
+        return {"momentum_buffer": StateSpec(shape, dtype, elementwise=True)} if options.momentum else {}
+
+    def apply(
+        self, p: Tensor, g: Tensor, state: Tensors, small: Tensors, h: Hyper, options: SGDOptions
+    ) -> tuple[Tensor, Tensors]:
+        if not options.momentum:
+            return p * h.decay - g * h.lr, {}
+        buffer = state["momentum_buffer"] * options.momentum + g
+        return p * h.decay - buffer * h.lr, {"momentum_buffer": buffer}

@@ -1,0 +1,284 @@
+"""A torch.optim.Optimizer in which every parameter has its own method. One class for all of them.
+
+State holds tensors only, is made on a parameter's first step (all of its keys together), keeps its own dtypes through
+``load_state_dict``, and is saved with a format version and the setting of every parameter: the state of another plan is
+refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from memadvise.errors import OptimizerError
+from memadvise.names import canonical_name
+from memadvise.optim import engine
+from memadvise.optim.engine import Resolved
+from memadvise.optim.method import Hyper
+from memadvise.optim.registry import fitted, parse_options
+from memadvise.plan.schema import Setting
+
+STATE_FORMAT = 1
+_KEY = "memadvise"
+
+Params = Iterable[Any]  # tensors, (name, tensor) pairs or dictionaries, as torch.optim takes them
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterMemory:
+    """What one parameter costs: ``state_bytes`` for good, ``scratch_bytes`` (an upper bound) while it is stepped."""
+
+    name: str
+    shape: tuple[int, ...]
+    setting: str
+    executor: str
+    state_bytes: int
+    scratch_bytes: int
+
+
+class MemadviseOptimizer(Optimizer):
+    """Steps every parameter by its own setting.
+
+    Args:
+        params: tensors, ``(name, tensor)`` pairs, or parameter groups of either; groups keep their number and order.
+        settings: one setting for all (0-D and 1-D tensors then keep dense AdamW state where the method is meant for
+            matrices), or canonical parameter name -> setting, which needs named parameters.
+        lr: learning rate, read at every step; a 0-dim tensor works too.
+        betas, eps, weight_decay: as in torch.optim.AdamW, decay decoupled.
+        executor: "eager", "chunked" or "fused" for every parameter; None chooses.
+
+    Raises:
+        OptimizerError: a hyper-parameter out of range, a setting that does not fit, a parameter without a setting.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        settings: Setting | Mapping[str, Setting],
+        *,
+        lr: float | Tensor,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        executor: str | None = None,
+    ) -> None:
+        engine.check_executor(executor)
+        if isinstance(settings, Setting):
+            parse_options(settings)
+        self._settings = settings if isinstance(settings, Setting) else dict(settings)
+        self._executor = executor
+        self._resolved: dict[Tensor, Resolved] = {}
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters later, as in torch; their setting comes from the one setting, or from their name.
+
+        With one setting for all, a group may override the method's options: ``{"params": [...], "axes": [0]}``.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        param_group = dict(param_group)
+        settings = self._settings
+        if isinstance(settings, Setting):
+            method = parse_options(settings)[0]
+            fields = {f.name for f in dataclasses.fields(method.options_type)}
+            own = {key: param_group.pop(key) for key in fields & set(param_group)}
+            settings = Setting(settings.method, {**settings.options, **own})
+        before = len(self.param_groups)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_hyper(group)
+            found = dict(self._resolve_group(group, before, settings))
+        except Exception:
+            self.param_groups.pop()  # a refused group leaves the optimizer as it was
+            raise
+        self._resolved.update(found)
+
+    def _resolve_group(
+        self, group: dict[str, Any], index: int, settings: Setting | dict[str, Setting]
+    ) -> Iterator[tuple[Tensor, Resolved]]:
+        params = group["params"]
+        names = group.get("param_names")
+        if len(set(params)) != len(params):
+            raise OptimizerError(f"group {index} holds a parameter twice", hint="pass model.named_parameters(), which holds each once")
+        for position, p in enumerate(params):
+            name = canonical_name(names[position]) if names else f"parameter {position} of group {index}"
+            if isinstance(settings, Setting):
+                setting = fitted(settings, tuple(p.shape)) if not torch.nn.parameter.is_lazy(p) else settings
+            elif name in settings:
+                setting = settings[name]
+            else:
+                raise OptimizerError(
+                    f"no setting for {name}",
+                    hint="pass (name, parameter) pairs" if not names else "its name is not among those of the plan",
+                )
+            resolved = engine.resolve(name, p, setting)
+            engine.choose_executor(resolved, p, self._executor)
+            yield p, resolved
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of every parameter that has a gradient; parameters without one keep their step count.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called once, first, with gradients enabled.
+
+        Raises:
+            OptimizerError: a sparse or complex gradient, or a parameter whose shape changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            for group in self.param_groups:
+                self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        present = [(self._resolved[p], p, p.grad) for p in group["params"] if p.grad is not None]
+        for resolved, p, g in present:
+            engine.check_gradient(resolved, p, g)
+        items = []
+        for resolved, p, g in present:
+            state = self.state[p] if resolved.specs else {}
+            if not state and resolved.specs:
+                state.update(engine.new_state(resolved, p, engine.choose_executor(resolved, p, self._executor)))
+            items.append((resolved, p, g, state))
+        beta1, beta2 = group["betas"]
+        engine.run(items, Hyper(group["lr"], beta1, beta2, group["eps"], group["weight_decay"]), self._executor)
+
+    def memory(self) -> tuple[ParameterMemory, ...]:
+        """Per parameter, in order: its setting, executor, and the bytes of its state, known before the first step."""
+        return tuple(
+            ParameterMemory(
+                name=resolved.name,
+                shape=resolved.shape,
+                setting=resolved.setting.key,
+                executor=(executor := engine.choose_executor(resolved, p, self._executor)),
+                state_bytes=sum(spec.num_bytes for spec in resolved.specs.values()),
+                scratch_bytes=engine.scratch_bytes(resolved, p, executor),
+            )
+            for p, resolved in self._in_order()
+        )
+
+    def settings(self) -> dict[str, Setting]:
+        """Parameter name -> the setting that is executed."""
+        return {resolved.name: resolved.setting for _, resolved in self._in_order()}
+
+    def _in_order(self) -> Iterator[tuple[Tensor, Resolved]]:
+        for group in self.param_groups:
+            for p in group["params"]:
+                yield p, self._resolved[p]
+
+    # ------------------------------------------------------------ state in and out
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, with ``"memadvise"``: a format version and the setting of every parameter by its index."""
+        state_dict = super().state_dict()
+        settings = {index: resolved.setting.key for index, (_, resolved) in enumerate(self._in_order())}
+        return {**state_dict, _KEY: {"format": STATE_FORMAT, "settings": settings}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave. Tensors are copied, and keep their dtype whatever the parameters' is.
+
+        State of torch.optim.AdamW loads where the setting is adamw.
+
+        Raises:
+            OptimizerError: a newer format, or state that another setting made (the parameter is named).
+            ValueError: another number of groups or parameters.
+        """
+        saved: dict[Any, Any] = {}
+
+        def withhold(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            # torch would cast every tensor to its parameter's dtype: it gets the groups only, after the user's hooks.
+            self._check_state(state_dict)
+            saved.update(state_dict["state"])
+            return {**state_dict, "state": {}}
+
+        def restore(_: Optimizer) -> None:
+            for index, (p, resolved) in enumerate(self._in_order()):
+                if index in saved and saved[index]:
+                    self.state[p] = self._restored(resolved, p, saved[index])
+
+        first = self.register_load_state_dict_pre_hook(withhold)
+        second = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            first.remove()
+            second.remove()
+
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
+        ours = state_dict.get(_KEY)
+        if ours is not None and ours.get("format") != STATE_FORMAT:
+            raise OptimizerError(
+                f"this optimizer state has format {ours.get('format')}; this memadvise reads format {STATE_FORMAT}",
+                hint="load it with the version of memadvise that wrote it",
+            )
+        counts = [len(group["params"]) for group in state_dict["param_groups"]]
+        if counts != [len(group["params"]) for group in self.param_groups]:
+            return  # torch says so in its own words
+        settings = ours["settings"] if ours is not None else {}
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        if indices != list(range(len(indices))):
+            raise OptimizerError("the parameters of this optimizer state are not numbered from 0 in order")
+        for index, (_, resolved) in enumerate(self._in_order()):
+            hint = "make the optimizer with the plan (or options) that this checkpoint was trained with"
+            key = settings.get(index, resolved.setting.key)
+            if key != resolved.setting.key:
+                raise OptimizerError(
+                    f"{resolved.name} was trained with {key}, this optimizer uses {resolved.setting.key}", hint=hint
+                )
+            state = state_dict["state"].get(index)
+            problem = engine.state_problem(resolved, state) if state else None
+            if problem:
+                raise OptimizerError(f"this is not the state of {resolved.name}: {problem}", hint=hint)
+
+    def _restored(self, resolved: Resolved, p: Tensor, saved: dict[str, Any]) -> dict[str, Tensor]:
+        executor = engine.choose_executor(resolved, p, self._executor)
+        state = {}
+        for name, spec in resolved.specs.items():
+            device = engine.step_device(p, executor) if name == "step" else p.device
+            value = torch.as_tensor(saved[name]).detach()
+            state[name] = value.to(device=device, dtype=spec.dtype, copy=True).reshape(spec.shape)
+        return state
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"_settings": self._settings, "_executor": self._executor, "_resolved": self._resolved}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # groups of a foreign checkpoint may lack some
+            for key, value in self.defaults.items():
+                if key != "differentiable":
+                    group.setdefault(key, value)
+
+
+def _check_hyper(group: dict[str, Any]) -> None:
+    lr, betas, eps, decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise OptimizerError(f"a tensor lr has one element, found shape {list(lr.shape)}")
+    elif not _number(lr) or lr < 0:
+        raise OptimizerError(f"lr should be a number of at least 0, found {lr!r}")
+    if not isinstance(betas, list | tuple) or len(betas) != 2 or not all(_number(b) and 0 <= b < 1 for b in betas):
+        raise OptimizerError(f"betas should be two numbers from 0 up to, not including, 1, found {betas!r}")
+    if not _number(eps) or eps < 0:
+        raise OptimizerError(f"eps should be a number of at least 0, found {eps!r}")
+    if not _number(decay) or decay < 0:
+        raise OptimizerError(f"weight_decay should be a number of at least 0, found {decay!r}")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
