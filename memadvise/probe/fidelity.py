@@ -1,0 +1,88 @@
+"""How far a compressed second moment would move AdamW's update, in Adam's own metric.
+
+``abs_d1 = 1/2 sum (u_c - u)^2 sqrt(v_hat)`` with ``u = m_hat / (sqrt(v_hat) + eps)``: the loss a quadratic model with
+curvature ``sqrt(v_hat)`` assigns to the difference of the updates, learning rate factored out, so that tensors can be
+compared and added up. No shadow optimizer is needed: candidates hold the mean of g^2 over blocks, and the moving
+average of a mean is the mean of the moving average, so averaging AdamW's dense v gives their v exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from memadvise.ledger import FidelityValue
+from memadvise.optim.registry import approximate_second_moment
+from memadvise.plan.schema import Setting
+
+Approximate = Callable[[Setting, Tensor], "Tensor | None"]
+_CHUNK = 2**20  # elements in float64 at a time; about six such temporaries live at once (50 MB)
+
+
+def fidelity(
+    m: Tensor,
+    v: Tensor,
+    step: int,
+    betas: tuple[float, float],
+    eps: float,
+    settings: Sequence[Setting],
+    *,
+    approximate: Approximate = approximate_second_moment,
+) -> list[FidelityValue]:
+    """Compare the update AdamW makes with the one every candidate would make from the same ``m``.
+
+    Args:
+        m: ``exp_avg`` of one tensor, any shape.
+        v: ``exp_avg_sq``, same shape; float32 (copy lower precision before).
+        step: how many steps are in ``m`` and ``v``, from 1.
+        betas: as the optimizer that filled them.
+        eps: as the optimizer.
+        settings: candidates; those that hold no second moment (Lion, SGD) are left out of the result, because
+            being different from Adam says nothing about them.
+        approximate: ``(setting, v) -> v`` as the method would hold it, expanded to v's shape.
+
+    Memory: what ``approximate`` returns (an expanded view for block means) and a constant 50 MB.
+    """
+    result = []
+    for setting in settings:
+        candidate = approximate(setting, v)
+        if candidate is not None:
+            error, cosine = _compare(m, v, candidate, 1 - betas[0] ** step, 1 - betas[1] ** step, eps)
+            result.append(FidelityValue(setting.key, error, cosine))
+    return result
+
+
+def _compare(m: Tensor, v: Tensor, candidate: Tensor, bias1: float, bias2: float, eps: float) -> tuple[float, float]:
+    """``(abs_d1, 1 - cosine)``, summed in float64 over chunks of the first axis."""
+    sums = torch.zeros(4, dtype=torch.float64, device=v.device)
+    for start, stop in row_chunks(v, _CHUNK):
+        parts = (m, v, candidate) if v.ndim == 0 else (m[start:stop], v[start:stop], candidate[start:stop])
+        first, root, other = (part.to(torch.float64) for part in parts)
+        root = (root / bias2).sqrt()
+        other = (other / bias2).sqrt()
+        update = first / bias1 / (root + eps)
+        compressed = first / bias1 / (other + eps)
+        difference = compressed - update
+        sums += torch.stack(
+            [
+                (difference * difference * root).sum(),
+                (update * compressed).sum(),
+                (update * update).sum(),
+                (compressed * compressed).sum(),
+            ]
+        )
+    error, dot, norm, norm_compressed = sums.tolist()
+    scale = math.sqrt(norm) * math.sqrt(norm_compressed)
+    # Equal updates are exactly equal, whatever the rounding of the three sums says.
+    return error / 2, max(0.0, 1 - dot / scale) if scale > 0 and error > 0 else 0.0
+
+
+def row_chunks(tensor: Tensor, limit: int) -> list[tuple[int, int]]:
+    """``(start, stop)`` ranges of the first axis that hold about ``limit`` elements each; one range for a scalar."""
+    if tensor.ndim == 0 or tensor.numel() == 0:
+        return [(0, 1)] if tensor.ndim == 0 else []
+    rows = max(1, limit * tensor.shape[0] // tensor.numel())
+    return [(start, min(start + rows, tensor.shape[0])) for start in range(0, tensor.shape[0], rows)]
