@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from memadvise import ledger
+from memadvise.plan.schema import ModelShape, Plan, Rule, Switches
+
 GOLDEN = Path(__file__).parent / "golden"
+MIB = 2**20
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,3 +34,198 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         )
 
     return check
+
+
+# ---------------------------------------------------------------- ledgers made by hand, for reports and commands
+
+
+def make_memory(
+    *,
+    optimizer: str = "torch.optim.AdamW (foreach)",
+    scale: float = 1.0,
+    micro_batches: int = 1,
+    checkpoint: bool = False,
+) -> ledger.MemoryLedger:
+    """A ledger whose modules and categories each add up to its peak; ``scale`` is that of the optimizer state."""
+    state, activations = round(800 * MIB * scale), (100 if checkpoint else 600) * MIB // micro_batches
+    by_module: dict[str, dict[str, int]] = {"": {"inputs": 1 * MIB}}
+    for i in range(4):
+        share = {"optimizer_state": state // 8, "activations": activations // 8}
+        by_module[f"transformer.h.{i}.attn"] = {"weights": 50 * MIB, "gradients": 50 * MIB, **share}
+        by_module[f"transformer.h.{i}.mlp.c_fc"] = {"weights": 50 * MIB, "temporaries": 7 * MIB, **share}
+    by_category: dict[str, int] = {}
+    for categories in by_module.values():
+        for category, size in categories.items():
+            by_category[category] = by_category.get(category, 0) + size
+    peak = sum(by_category.values())
+    phases = tuple(
+        ledger.PhasePeak(name, peak - less, {**by_category, "activations": by_category["activations"] - less})
+        for name, less in (("forward", 20 * MIB), ("backward", 0), ("step", activations // 2))
+    )
+    live = tuple(
+        ledger.LiveTensor(size * MIB, kind, module, op, phase, where)
+        for size, kind, module, op, phase, where in (
+            (96, "activations", "transformer.h.0.mlp", "aten.gelu", "forward", "examples/gpt_text.py:41"),
+            (50, "weights", "transformer.h.3.mlp.c_fc", "weight", "forward", None),
+            (1, "inputs", "", "batch", "forward", None),
+        )
+    )
+    timeline = tuple((i, peak * (i if i < 60 else 120 - i) // 60) for i in range(121))
+    return ledger.MemoryLedger(
+        source="estimate",
+        device="cuda",
+        optimizer=optimizer,
+        micro_batches=micro_batches,
+        checkpoint=("transformer.h.*",) if checkpoint else (),
+        peak_bytes=peak,
+        peak_phase="backward",
+        state_bytes=state,
+        by_category=by_category,
+        by_module=by_module,
+        phases=phases,
+        live_at_peak=live,
+        timeline=timeline,
+        num_events=121,
+        assumptions=("attention runs as scaled_dot_product_attention with the flash kernel",),
+        warnings=("one operator has no fake implementation",) if micro_batches > 1 else (),
+    )
+
+
+def make_scan(*, probe: bool = True) -> ledger.Scan:
+    def parameter(name: str, shape: tuple[int, ...], role: str, module_type: str = "Linear") -> ledger.Parameter:
+        matrix = len(shape) == 2
+        count = shape[0] * shape[-1] if matrix else shape[0]
+        return ledger.Parameter(
+            name=name,
+            shape=shape,
+            dtype="float32",
+            num_bytes=4 * count,
+            trainable=True,
+            role=role,
+            module=name.rpartition(".")[0],
+            module_type=module_type,
+            fan_in=(1,) if matrix else (),
+            fan_out=(0,) if matrix else (),
+        )
+
+    parameters = [parameter("transformer.wte.weight", (512, 128), "tied_embedding", "Embedding")]
+    for i in range(4):
+        parameters.append(parameter(f"transformer.h.{i}.attn.c_attn.weight", (384, 128), "attention_qkv"))
+        parameters.append(parameter(f"transformer.h.{i}.mlp.c_fc.weight", (512, 128), "mlp_up"))
+        parameters.append(parameter(f"transformer.h.{i}.ln_1.weight", (128,), "norm", "LayerNorm"))
+
+    def measured(number: int, p: ledger.Parameter) -> ledger.ParameterProbe:
+        if len(p.shape) < 2:
+            return ledger.ParameterProbe(p.name, unknown="a vector is never compressed")
+        return ledger.ParameterProbe(
+            name=p.name,
+            snr=(
+                ledger.SnrValue((0,), 0.25 + number / 8, 0.2, 0.8),
+                ledger.SnrValue((1,), 4.0 + number, 3.0, 0.2),
+                ledger.SnrValue((0, 1), None, None, None),
+            ),
+            fidelity=(ledger.FidelityValue("slimadam(axes=[1])", 0.5, 0.01),),
+            hessian=(
+                ledger.HessianValue("row", 0.75, 0.03, 0.1, "gradient-covariance", 64),
+                ledger.HessianValue("whole", 0.125, 0.04, 0.1, "gradient-covariance", 64),
+            ),
+        )
+
+    return ledger.Scan(
+        target="examples/gpt_text.py",
+        target_sha256="0" * 64,
+        environment={"memadvise": "0.0.0", "torch": "2.13.0"},
+        fingerprint="sha256:abc",
+        parameters=tuple(parameters),
+        memory=(
+            make_memory(),
+            make_memory(optimizer="memadvise adamw", micro_batches=2),
+            make_memory(optimizer="memadvise adamw", checkpoint=True),
+        ),
+        probe=ledger.ProbeLedger(
+            num_steps=60,
+            recorded_steps=(30, 60),
+            lr=1e-3,
+            losses=(5.5, 3.25),
+            parameters=tuple(measured(n, p) for n, p in enumerate(parameters)),
+            runs=(
+                ledger.OptimizerRun("adamw", {}, 1e-3, 20, 5.5, 3.75, 800 * MIB, 0.0125),
+                ledger.OptimizerRun("slimadam", {"axes": [1]}, 1e-3, 20, 5.5, 3.78125, 400 * MIB, 0.011),
+                ledger.OptimizerRun(
+                    "sgd", {"momentum": 0.9}, 0.1, 3, 5.5, None, 400 * MIB, None, "the loss became NaN"
+                ),
+            ),
+            warnings=("only 2 batches: they were repeated",),
+        )
+        if probe
+        else None,
+    )
+
+
+@dataclass(frozen=True)
+class SampleChoice:
+    pattern: str
+    role: str
+    count: int
+    setting_key: str
+    state_bytes_before: int
+    state_bytes_after: int
+    expected_harm: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class SampleRecommendation:
+    """The fields of advise.recommend.Recommendation, so that reports and commands are tested without it."""
+
+    plan: Plan
+    needs_compression: bool
+    before: ledger.MemoryLedger
+    after: ledger.MemoryLedger | None
+    budget_bytes: int
+    margin_bytes: int
+    groups: tuple[SampleChoice, ...]
+    solver_note: str
+    explanation: tuple[str, ...]
+
+
+def make_recommendation(*, needed: bool = True, budget_bytes: int = 1700 * MIB) -> SampleRecommendation:
+    before = make_memory()
+    after = make_memory(optimizer="memadvise plan", scale=0.5) if needed else before
+    rule = Rule("transformer.h.*.mlp.c_fc.weight", "slimadam", {"axes": [1]}, reason="SNR 6 along fan_in")
+    return SampleRecommendation(
+        plan=Plan(
+            rules=(*((rule,) if needed else ()), Rule("**", "adamw", reason="the rest stays full")),
+            switches=Switches(),
+            model=ModelShape("sha256:abc", 1000, {"transformer.wte.weight": (512, 128)}),
+            budget_bytes=budget_bytes,
+            predicted_state_bytes=after.state_bytes,
+            predicted_peak_bytes=after.peak_bytes,
+            device="cuda",
+            notes=("a note for the file",),
+        ),
+        needs_compression=needed,
+        before=before,
+        after=after,
+        budget_bytes=budget_bytes,
+        margin_bytes=budget_bytes - after.peak_bytes,
+        groups=(
+            SampleChoice("transformer.wte.weight", "tied_embedding", 1, "adamw", 512 * 1024, 512 * 1024, None, "kept"),
+            SampleChoice(
+                "transformer.h.*.mlp.c_fc.weight", "mlp_up", 4, "slimadam(axes=[1])", 800 * MIB, 401 * MIB, 0.0125,
+                "SNR 6 along fan_in",
+            ),
+        ),
+        solver_note="optimal",
+        explanation=("the plan peaks in the backward phase",),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def sample_scan() -> ledger.Scan:
+    return make_scan()
+
+
+@pytest.fixture
+def sample_recommendation() -> SampleRecommendation:
+    return make_recommendation()
