@@ -24,7 +24,9 @@ def _executor(foreach: bool | None, fused: bool | None, executor: str | None, *,
             hint='leave foreach unset, or use executor="chunked"',
         )
     if fused and not fusable:
-        raise OptimizerError("fused=True is not supported by this method", hint='leave fused unset, or use executor="chunked"')
+        raise OptimizerError(
+            "fused=True is not supported by this method", hint='leave fused unset, or use executor="chunked"'
+        )
     if fused is False and fusable and executor is None:
         return "chunked"
     return "fused" if fused and executor is None else executor
@@ -52,7 +54,7 @@ class AdamW(MemadviseOptimizer):
 
 
 class SlimAdam(MemadviseOptimizer):
-    """Adam with the second moment averaged over ``axes`` of every matrix (arXiv 2503.01843; see methods/slimadam.py)."""
+    """Adam with the second moment of matrices averaged over ``axes`` (arXiv 2503.01843; see methods/slimadam.py)."""
 
     def __init__(
         self,
@@ -116,7 +118,9 @@ class Lion(MemadviseOptimizer):
         executor: str | None = None,
     ) -> None:
         executor = _executor(foreach, fused, executor, fusable=False)
-        super().__init__(params, Setting("lion"), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, executor=executor)
+        super().__init__(
+            params, Setting("lion"), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, executor=executor
+        )
 
 
 class SGD(MemadviseOptimizer):

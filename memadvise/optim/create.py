@@ -36,11 +36,13 @@ def create_optimizer(
     """The optimizer that executes ``plan`` on the trainable parameters of ``model``.
 
     Args:
+        model: its trainable parameters are optimized, tied ones once; frozen ones are left alone.
         plan: the path of a plan file, a plan, or one setting for every parameter (0-D and 1-D tensors then keep dense
             AdamW state where the method is meant for matrices).
         lr: learning rate; a 0-dim tensor works too.
         weight_decay: decoupled, for every parameter; pass ``param_groups`` to exempt some.
         betas: default (0.9, 0.999), or Lion's (0.9, 0.99) where every parameter uses Lion.
+        eps: as in torch.optim.AdamW.
         executor: "eager", "chunked" or "fused"; None chooses.
         param_groups: your own groups of the model's parameters (tensors or named pairs), kept in number and order;
             default one group with every trainable parameter.
@@ -52,7 +54,9 @@ def create_optimizer(
     named = _named(model)
     trainable = {name: p for name, p in named.items() if p.requires_grad}
     if not trainable:
-        raise OptimizerError("the model has no trainable parameter", hint="set requires_grad=True where training is meant")
+        raise OptimizerError(
+            "the model has no trainable parameter", hint="set requires_grad=True where training is meant"
+        )
     settings: Setting | dict[str, Setting]
     if isinstance(plan, Setting):
         settings, methods = plan, {plan.method}
@@ -66,7 +70,7 @@ def create_optimizer(
         methods = {setting.method for setting in settings.values()}
     if betas is None:
         betas = method_info(methods.pop()).method.default_betas if len(methods) == 1 else (0.9, 0.999)
-    groups = list(trainable.items()) if param_groups is None else _named_groups(param_groups, named)
+    groups = list(trainable.items()) if param_groups is None else _named_groups(param_groups, trainable)
     return MemadviseOptimizer(
         groups, settings, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, executor=executor
     )
@@ -83,9 +87,9 @@ def _named(model: nn.Module) -> dict[str, Tensor]:
     return named
 
 
-def _named_groups(groups: Iterable[Any], named: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+def _named_groups(groups: Iterable[Any], trainable: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     """The user's groups with every parameter under its canonical name."""
-    name_of = {p: name for name, p in named.items()}
+    name_of = {p: name for name, p in trainable.items()}
     groups = list(groups)
     if groups and not isinstance(groups[0], dict):
         groups = [{"params": groups}]
@@ -95,7 +99,10 @@ def _named_groups(groups: Iterable[Any], named: Mapping[str, Tensor]) -> list[di
         for item in [group["params"]] if isinstance(group["params"], Tensor) else group["params"]:
             p = item[1] if isinstance(item, tuple) else item
             if p not in name_of:
-                raise OptimizerError(f"group {index} holds a parameter that is not of this model")
+                raise OptimizerError(
+                    f"group {index} holds a parameter that is no trainable parameter of this model",
+                    hint="leave frozen parameters out: [p for p in model.parameters() if p.requires_grad]",
+                )
             pairs.append((name_of[p], p))
         renamed.append({**group, "params": pairs})
     return renamed
@@ -104,9 +111,11 @@ def _named_groups(groups: Iterable[Any], named: Mapping[str, Tensor]) -> list[di
 def bind_plan(
     plan: Plan, parameters: Mapping[str, tuple[int, ...]], *, frozen: Collection[str] = ()
 ) -> dict[str, Setting]:
-    """Which setting each of ``parameters`` (canonical name -> shape, trainable only) gets: the first rule that matches.
+    """Which setting each parameter gets: that of the first rule that matches.
 
     Args:
+        plan: the rules, first match wins, and the model they were made for.
+        parameters: canonical name -> shape of the trainable parameters.
         frozen: names of parameters without gradients; they need no rule, and a rule for them alone matches nothing.
 
     Raises:
@@ -135,8 +144,7 @@ def bind_plan(
         if matched[number]:
             continue
         problems.append(_unused(rule, parameters, frozen))
-        options_only = problems_of(Setting(rule.method, dict(rule.options)), (), name="", marks=rule.marks)
-        problems.extend(p for p in options_only if not p.message.startswith(": "))
+        problems.extend(problems_of(Setting(rule.method, dict(rule.options)), None, name="", marks=rule.marks))
     problems.extend(_unmatched([name for name in parameters if name not in bound], plan))
     if problems:
         raise PlanError(sorted(problems, key=_position))
@@ -147,8 +155,8 @@ def _matches(rule: Rule, name: str) -> bool:
     try:
         return matches(rule.match, name)
     except re.error as error:
-        where = rule.marks.get("match")
-        raise PlanError([MemadviseError(f"'{rule.match}' is not a regular expression: {error}", where=where)]) from error
+        problem = OptimizerError(f"'{rule.match}' is not a regular expression: {error}", where=rule.marks.get("match"))
+        raise PlanError([problem]) from error
 
 
 def _position(problem: MemadviseError) -> tuple[int, int]:
@@ -160,7 +168,9 @@ def _unused(rule: Rule, parameters: Mapping[str, tuple[int, ...]], frozen: Colle
     where = rule.marks.get("match")
     if any(_matches(rule, name) for name in frozen):
         return OptimizerError(
-            f"'{rule.match}' matches only frozen parameters", where=where, hint="frozen parameters need no rule: remove it"
+            f"'{rule.match}' matches only frozen parameters",
+            where=where,
+            hint="frozen parameters need no rule: remove it",
         )
     close = _closest(rule.match, parameters)
     return OptimizerError(
@@ -198,7 +208,7 @@ def _other_model(plan: Plan, parameters: Mapping[str, tuple[int, ...]]) -> Itera
     lines = _differences(plan.model, parameters)
     total = sum(math.prod(shape) for shape in parameters.values())
     if not lines and plan.model.num_parameters != total:
-        lines = [f"{plan.model.num_parameters:,} trainable values in the plan, {total:,} in this model (another depth?)"]
+        lines = [f"it had {plan.model.num_parameters:,} trainable values, this one has {total:,} (another depth?)"]
     if lines:
         shown = lines[:_SHOWN] + ([f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])
         yield OptimizerError(
@@ -225,5 +235,5 @@ def _differences(model: ModelShape, parameters: Mapping[str, tuple[int, ...]]) -
             continue
         found.add(key)
     present = set(parameters) | {repeat_pattern(name)[0] for name in parameters}
-    lines += [f"{key} {list(shape)} is missing from this model" for key, shape in model.shapes.items() if key not in present]
-    return lines
+    missing = [key for key in model.shapes if key not in present]
+    return lines + [f"{key} {list(model.shapes[key])} is missing from this model" for key in missing]

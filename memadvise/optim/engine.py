@@ -45,7 +45,8 @@ def resolve(name: str, p: Tensor, setting: Setting) -> Resolved:
     if torch.nn.parameter.is_lazy(p):
         raise OptimizerError(f"{name} has no shape yet", hint="run one forward pass before making the optimizer")
     if not p.is_floating_point():
-        raise OptimizerError(f"{name} has dtype {p.dtype}", hint="split a complex parameter in its real and imaginary parts")
+        hint = "split a complex parameter in its real and imaginary parts" if p.is_complex() else None
+        raise OptimizerError(f"{name} has dtype {p.dtype}, which no method here can step", hint=hint)
     shape = tuple(p.shape)
     validate(setting, shape, name=name)
     method, options = parse_options(setting)
@@ -55,15 +56,21 @@ def resolve(name: str, p: Tensor, setting: Setting) -> Resolved:
 def choose_executor(resolved: Resolved, p: Tensor, forced: str | None) -> str:
     """``fused`` where it is the same arithmetic, else ``chunked``; ``eager`` for tensor subclasses such as DTensor."""
     if forced == "fused" and not fused.supports(resolved.method, p):
+        dtype = str(p.dtype).removeprefix("torch.")
         raise OptimizerError(
-            f"{resolved.name} ({resolved.setting.key}, {str(p.dtype).removeprefix('torch.')}) cannot use the fused executor",
+            f"{resolved.name} ({resolved.setting.key}, {dtype}) cannot use the fused executor",
             hint='it runs adamw on float32 and float64 only: leave executor unset, or use executor="chunked"',
         )
     if forced is not None:
         return forced
-    if is_traceable_wrapper_subclass(p):
+    if _is_subclass(p):
         return "eager"  # the pure functions follow the subclass's own rules; boxes and raw memory do not
     return "fused" if fused.supports(resolved.method, p) else "chunked"
+
+
+def _is_subclass(p: Tensor) -> bool:
+    """Whether ``p`` wraps other tensors (a DTensor, a quantized weight); a fake tensor does not."""
+    return bool(is_traceable_wrapper_subclass(p))
 
 
 def check_executor(executor: str | None) -> None:
@@ -87,7 +94,7 @@ def _zeros(resolved: Resolved, p: Tensor, name: str, spec: StateSpec, executor: 
         return torch.zeros((), dtype=spec.dtype, device=step_device(p, executor))
     if spec.elementwise:
         return torch.zeros_like(p, dtype=spec.dtype, requires_grad=False)
-    if not is_traceable_wrapper_subclass(p):
+    if not _is_subclass(p):
         return torch.zeros(spec.shape, dtype=spec.dtype, device=p.device)
     axes = tuple(a for a, (size, kept) in enumerate(zip(p.shape, spec.shape, strict=True)) if size != kept)
     if any(spec.shape[a] != 1 for a in axes):
@@ -131,6 +138,7 @@ def run(items: Sequence[tuple[Resolved, Tensor, Tensor, Tensors]], h: Hyper, for
     """Step the parameters of one group: ``items`` are (resolved, p, g, state), with state already made."""
     buckets: dict[str, list[Work]] = {name: [] for name in EXECUTORS}
     for resolved, p, g, state in items:
+        g = g if g.dtype == p.dtype else g.to(p.dtype)  # only with torch's newer grad_dtype can they differ
         work = Work(p, g, state, resolved.method, resolved.options, resolved.specs, {})
         executor = choose_executor(resolved, p, forced)
         if executor == "fused" and not fused.aligned(work):

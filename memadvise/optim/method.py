@@ -134,7 +134,7 @@ class Method(ABC):
         """The state of a parameter of ``shape``, statistics in ``dtype``; in the order it is created."""
 
     def scalars(self, step: Tensor, h: Hyper) -> Tensors:
-        """0-dim quantities of one step, element-wise in ``step`` (float64, 1, 2, ...), which may be a vector of steps."""
+        """0-dim quantities of one step, element-wise in ``step`` (float64, 1, 2, ...), which may be a vector."""
         return {}
 
     def rounds(self, options: Any) -> int:
@@ -166,7 +166,7 @@ class Method(ABC):
         """The new parameter and the new element-wise state of one box."""
 
     def take(self, key: str, tensor: Tensor, box: Box) -> Tensor:
-        """The part of a factor-sized ``tensor`` that belongs to ``box``: by default, it broadcasts against the parameter."""
+        """The part of a factor-sized ``tensor`` that belongs to ``box``; by default it broadcasts with the box."""
         if tensor.ndim != len(box):
             return tensor
         return tensor[tuple(part if size > 1 else slice(None) for part, size in zip(box, tensor.shape, strict=True))]

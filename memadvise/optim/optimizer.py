@@ -20,7 +20,7 @@ from memadvise.names import canonical_name
 from memadvise.optim import engine
 from memadvise.optim.engine import Resolved
 from memadvise.optim.method import Hyper
-from memadvise.optim.registry import fitted, parse_options
+from memadvise.optim.registry import canonical_key, fitted, parse_options
 from memadvise.plan.schema import Setting
 
 STATE_FORMAT = 1
@@ -106,7 +106,9 @@ class MemadviseOptimizer(Optimizer):
         params = group["params"]
         names = group.get("param_names")
         if len(set(params)) != len(params):
-            raise OptimizerError(f"group {index} holds a parameter twice", hint="pass model.named_parameters(), which holds each once")
+            raise OptimizerError(
+                f"group {index} holds a parameter twice", hint="pass model.named_parameters(), which holds each once"
+            )
         for position, p in enumerate(params):
             name = canonical_name(names[position]) if names else f"parameter {position} of group {index}"
             if isinstance(settings, Setting):
@@ -185,7 +187,7 @@ class MemadviseOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with ``"memadvise"``: a format version and the setting of every parameter by its index."""
         state_dict = super().state_dict()
-        settings = {index: resolved.setting.key for index, (_, resolved) in enumerate(self._in_order())}
+        settings = {index: canonical_key(resolved.setting) for index, (_, resolved) in enumerate(self._in_order())}
         return {**state_dict, _KEY: {"format": STATE_FORMAT, "settings": settings}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -207,8 +209,8 @@ class MemadviseOptimizer(Optimizer):
 
         def restore(_: Optimizer) -> None:
             for index, (p, resolved) in enumerate(self._in_order()):
-                if index in saved and saved[index]:
-                    self.state[p] = self._restored(resolved, p, saved[index])
+                if state := saved.get(index):
+                    self.state[p] = self._restored(resolved, p, state)
 
         first = self.register_load_state_dict_pre_hook(withhold)
         second = self.register_load_state_dict_post_hook(restore, prepend=True)
@@ -234,11 +236,9 @@ class MemadviseOptimizer(Optimizer):
             raise OptimizerError("the parameters of this optimizer state are not numbered from 0 in order")
         for index, (_, resolved) in enumerate(self._in_order()):
             hint = "make the optimizer with the plan (or options) that this checkpoint was trained with"
-            key = settings.get(index, resolved.setting.key)
-            if key != resolved.setting.key:
-                raise OptimizerError(
-                    f"{resolved.name} was trained with {key}, this optimizer uses {resolved.setting.key}", hint=hint
-                )
+            wanted = canonical_key(resolved.setting)
+            if (key := settings.get(index, wanted)) != wanted:
+                raise OptimizerError(f"{resolved.name} was trained with {key}, this optimizer uses {wanted}", hint=hint)
             state = state_dict["state"].get(index)
             problem = engine.state_problem(resolved, state) if state else None
             if problem:
@@ -249,8 +249,8 @@ class MemadviseOptimizer(Optimizer):
         state = {}
         for name, spec in resolved.specs.items():
             device = engine.step_device(p, executor) if name == "step" else p.device
-            value = torch.as_tensor(saved[name]).detach()
-            state[name] = value.to(device=device, dtype=spec.dtype, copy=True).reshape(spec.shape)
+            value = torch.as_tensor(saved[name]).detach().to(device=device, dtype=spec.dtype, copy=True)
+            state[name] = value.reshape(()) if name == "step" else value
         return state
 
     def __getstate__(self) -> dict[str, Any]:

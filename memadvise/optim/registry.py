@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -67,9 +66,8 @@ def method_info(name: str, *, where: Mark | None = None) -> MethodInfo:
         OptimizerError: there is no such method.
     """
     if name not in _BY_NAME:
-        raise OptimizerError(
-            f"there is no method '{name}'", where=where, hint=_did_you_mean(name, _BY_NAME) or f"methods: {', '.join(_BY_NAME)}"
-        )
+        hint = _did_you_mean(name, _BY_NAME) or f"methods: {', '.join(_BY_NAME)}"
+        raise OptimizerError(f"there is no method '{name}'", where=where, hint=hint)
     return _BY_NAME[name]
 
 
@@ -84,16 +82,11 @@ def parse_options(setting: Setting) -> tuple[Method, Options]:
     Raises:
         OptimizerError: unknown method or option, wrong type, out of range.
     """
-    problems = _problems(setting, None, name=None, marks=None)
+    problems = problems_of(setting, None, name="")
     if problems:
         raise problems[0]
     info = _BY_NAME[setting.method]
     return info.method, info.method.options_type(**setting.options)
-
-
-def problems_of(setting: Setting, shape: Shape, *, name: str, marks: Mapping[str, Mark] | None = None) -> list[OptimizerError]:
-    """Everything wrong with ``setting`` for the parameter ``name`` of ``shape``; empty if it can be executed."""
-    return _problems(setting, shape, name=name, marks=marks)
 
 
 def validate(setting: Setting, shape: Shape, *, name: str, marks: Mapping[str, Mark] | None = None) -> None:
@@ -103,25 +96,27 @@ def validate(setting: Setting, shape: Shape, *, name: str, marks: Mapping[str, M
         OptimizerError: unknown method or option, bad type, out of range, does not fit the shape; ``where`` is the
             place in ``marks`` (``"method"`` and the options' names), if there is one.
     """
-    problems = _problems(setting, shape, name=name, marks=marks)
+    problems = problems_of(setting, shape, name=name, marks=marks)
     if problems:
         raise problems[0]
 
 
-def _problems(
-    setting: Setting, shape: Shape | None, *, name: str | None, marks: Mapping[str, Mark] | None
+def problems_of(
+    setting: Setting, shape: Shape | None, *, name: str, marks: Mapping[str, Mark] | None = None
 ) -> list[OptimizerError]:
+    """Everything wrong with ``setting``, for the parameter ``name`` of ``shape`` or, without one, in itself."""
     marks = marks or {}
     try:
         method = method_info(setting.method, where=marks.get("method")).method
     except OptimizerError as error:
         return [error]
     known = {f.name for f in dataclasses.fields(method.options_type)}
+    choices = f"its options: {', '.join(sorted(known))}" if known else "it takes no options"
     found = [
         OptimizerError(
             f"{setting.method} has no option '{option}'",
             where=marks.get(option, marks.get("method")),
-            hint=_did_you_mean(option, known) or (f"its options: {', '.join(sorted(known))}" if known else "it takes no options"),
+            hint=_did_you_mean(option, known) or choices,
         )
         for option in setting.options
         if option not in known
@@ -139,7 +134,7 @@ def _problems(
 
 
 def fitted(setting: Setting, shape: Shape) -> Setting:
-    """``setting`` as the default of a whole model: what is meant for matrices leaves 0-D and 1-D tensors dense AdamW."""
+    """``setting`` as the default of a model: what is meant for matrices leaves 0-D and 1-D tensors dense AdamW."""
     return DENSE if len(shape) < 2 and method_info(setting.method).method.matrix_only else setting
 
 
@@ -147,26 +142,32 @@ def state_specs(setting: Setting, shape: Shape, dtype: torch.dtype = torch.float
     """Name -> state tensor of a parameter of ``shape``; ``dtype`` is the parameter's (only float64 makes a difference).
 
     Raises:
-        OptimizerError: ``setting`` is not valid.
+        OptimizerError: ``setting`` is not valid, or does not fit the shape.
     """
+    validate(setting, shape, name=f"a tensor of shape {list(shape)}")
     method, options = parse_options(setting)
     return method.spec(tuple(shape), options, compute_dtype(dtype))
 
 
-@lru_cache(maxsize=4096)
-def _bytes(key: str, method: Method, options: Options, shape: Shape, dtype: torch.dtype) -> int:
-    return sum(spec.num_bytes for spec in method.spec(shape, options, compute_dtype(dtype)).values())
-
-
 def state_bytes(setting: Setting, shape: Shape, dtype: torch.dtype = torch.float32) -> int:
     """The sum of ``numel * itemsize`` over the state of a parameter of ``shape``, exactly, with nothing allocated."""
-    return _bytes(setting.key, *parse_options(setting), tuple(shape), dtype)
+    return sum(spec.num_bytes for spec in state_specs(setting, shape, dtype).values())
+
+
+def canonical_key(setting: Setting) -> str:
+    """A text equal for settings that mean the same: the first option, and the others where they are not the default."""
+    options = parse_options(setting)[1]
+    fields = dataclasses.fields(options)
+    values = {f.name: getattr(options, f.name) for f in fields}
+    kept = {f.name: values[f.name] for i, f in enumerate(fields) if i == 0 or values[f.name] != f.default}
+    return Setting(setting.method, kept).key
 
 
 def approximate_second_moment(setting: Setting, v: Tensor) -> Tensor | None:
     """What ``setting`` would hold in place of the dense second moment ``v`` (same shape, expanded); None if nothing."""
     validate(setting, tuple(v.shape), name="second moment")
-    return (parsed := parse_options(setting))[0].second_moment(v, parsed[1])
+    method, options = parse_options(setting)
+    return method.second_moment(v, options)
 
 
 def _did_you_mean(word: str, known: Any) -> str | None:

@@ -111,7 +111,8 @@ def _step_one(work: Work, h: Hyper, scratch: _Scratch) -> None:
     for box in boxes(shape, limit):
         temp, *copies = scratch.cut(work, box_shape(box))
         g = _load(work.g[box], copies[:1])
-        _apply(work, box, g, {name: method.take(name, value, box) for name, value in small.items()}, h, temp, copies[1:])
+        box_small = {name: method.take(name, value, box) for name, value in small.items()}
+        _apply(work, box, g, box_small, h, temp, copies[1:])
 
 
 def _load(part: Tensor, copy: list[Tensor]) -> Tensor:

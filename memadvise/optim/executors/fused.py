@@ -12,8 +12,10 @@ from memadvise.optim.method import Hyper, Method, device_type
 
 
 def supports(method: Method, p: Tensor) -> bool:
-    """Whether ``method`` on ``p`` is what the fused op computes. It wants moments in the parameter's dtype, ours are
-    float32, so bfloat16 and float16 parameters are not for it."""
+    """Whether ``method`` on ``p`` is what the fused op computes.
+
+    It wants moments in the parameter's dtype; ours are float32, so bfloat16 and float16 parameters are not for it.
+    """
     return method.name == "adamw" and p.dtype in (torch.float32, torch.float64) and device_type(p) in ("cpu", "cuda")
 
 

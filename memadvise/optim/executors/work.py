@@ -38,7 +38,7 @@ class Work:
 
 
 def boxes(shape: Shape, limit: int) -> Iterator[Box]:
-    """Cut ``shape`` in boxes of at most ``limit`` elements: row chunks where rows are small enough, else within rows."""
+    """Cut ``shape`` in boxes of at most ``limit`` elements: chunks of rows, or parts of a row that is too large."""
     if math.prod(shape) <= limit:
         yield tuple(slice(0, size) for size in shape)
         return
@@ -55,4 +55,5 @@ def boxes(shape: Shape, limit: int) -> Iterator[Box]:
 
 
 def box_shape(box: Box) -> Shape:
+    """The shape of the part that ``box`` cuts out."""
     return tuple(part.stop - part.start for part in box)

@@ -27,7 +27,7 @@ adam_mini (the code keeps one scalar for a norm); the partition is set, not gues
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from memadvise.optim.method import OptionProblem, Options, Shape, is_int
 from memadvise.optim.methods.blockmean import BlockMeanAdam, Blocks
@@ -48,7 +48,7 @@ class AdamMiniOptions(Options):
         if self.partition not in PARTITIONS:
             raise OptionProblem("partition", f"partition '{self.partition}' is none of {', '.join(PARTITIONS)}")
         if not is_int(self.axis) or self.axis not in (0, 1):
-            raise OptionProblem("axis", f"axis should be 0 or 1, found {self.axis!r}", "1 is for a transposed Conv1D [in, out]")
+            raise OptionProblem("axis", f"axis should be 0 or 1, found {self.axis!r}", "1 is for a Conv1D [in, out]")
         if self.heads is not None and (not is_int(self.heads) or self.heads < 1):
             raise OptionProblem("heads", f"heads should be an integer of at least 1, found {self.heads!r}")
         segments: Any = self.segments
@@ -59,7 +59,7 @@ class AdamMiniOptions(Options):
                 "for example: segments: [[0, 768, 12], [768, 1536, 12], [1536, 2304, 0]]",
             )
         if segments and self.partition not in ("row", "head"):
-            raise OptionProblem("segments", f"segments do not go with partition: {self.partition}", "use partition: head")
+            raise OptionProblem("segments", f"segments do not go with partition: {self.partition}", "use row or head")
         if segments and self.heads is not None:
             raise OptionProblem("heads", "heads and segments exclude each other", "each segment names its own heads")
         if not segments and self.partition == "head" and self.heads is None:
@@ -75,7 +75,9 @@ class AdamMiniOptions(Options):
                     "segments cover the fan-out axis in order, without gaps",
                 )
             if heads and (stop - start) % heads:
-                raise OptionProblem("segments", f"{stop - start} rows of segment [{start}, {stop}, {heads}] do not divide in {heads} heads")
+                raise OptionProblem(
+                    "segments", f"the rows of segment [{start}, {stop}, {heads}] do not divide in {heads} heads"
+                )
             expected = stop
         object.__setattr__(self, "segments", tuple(tuple(segment) for segment in segments))
 
@@ -85,11 +87,13 @@ def _is_segment(value: Any) -> bool:
 
 
 class AdamMini(BlockMeanAdam):
+    """One second moment a block of a partition."""
+
     name = "adam_mini"
     summary = "one second moment a block of the Hessian: by head, row, column or whole"
     source = "arXiv 2406.16793"
     options_type = AdamMiniOptions
-    options_help = {
+    options_help: ClassVar[dict[str, str]] = {
         "partition": "row, column, whole or head",
         "heads": "the number of heads, for partition: head",
         "segments": "for a fused QKV: [[start, stop, heads], ...] along the fan-out axis; 0 heads = by row",
@@ -103,7 +107,7 @@ class AdamMini(BlockMeanAdam):
         if options.axis >= max(len(shape), 1) or not shape:
             raise OptionProblem(
                 "axis" if shape else "partition",
-                f"partition: {options.partition} along axis {options.axis} does not fit a tensor of shape {list(shape)}",
+                f"partition: {options.partition} along axis {options.axis} does not fit the shape {list(shape)}",
                 "use method: adamw for it",
             )
         if options.partition == "column" and len(shape) < 2:
@@ -114,10 +118,10 @@ class AdamMini(BlockMeanAdam):
             )
         if len(shape) == 3 and (options.axis or options.segments or options.heads) and options.partition != "column":
             # [E, out, in] or a 1-D convolution [out, in, k]: which axis holds the heads cannot be told from the shape.
-            raise OptionProblem("partition", f"heads, segments and axis: 1 do not fit a 3-D tensor of shape {list(shape)}")
+            raise OptionProblem("partition", f"heads, segments and axis: 1 do not fit the 3-D shape {list(shape)}")
         size = shape[options.axis]
         if options.heads is not None and size % options.heads:
-            raise OptionProblem("heads", f"{size} rows do not divide in {options.heads} heads", f"the shape is {list(shape)}")
+            raise OptionProblem("heads", f"the {size} rows of {list(shape)} do not divide in {options.heads} heads")
         if options.segments and options.segments[-1][1] != size:
             raise OptionProblem("segments", f"segments stop at {options.segments[-1][1]}, the fan-out axis at {size}")
 

@@ -25,6 +25,8 @@ from memadvise.optim.methods.blockmean import adam_scalars
 
 
 class AdamW(Method):
+    """Both moments in full."""
+
     name = "adamw"
     summary = "both moments in full: the yardstick"
     source = "arXiv 1711.05101"

@@ -20,6 +20,8 @@ from memadvise.optim.method import Hyper, Method, Shape, StateSpec, Tensors
 
 
 class Lion(Method):
+    """The sign of a momentum."""
+
     name = "lion"
     summary = "the sign of a momentum: one moment, smaller learning rates"
     source = "arXiv 2302.06675"

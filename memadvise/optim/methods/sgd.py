@@ -5,7 +5,8 @@
     b <- mu b + g;  p <- p (1 - lr wd) - lr b          mu = ``momentum``; with mu = 0 there is no b
 
 State: 4 bytes a parameter, none with ``momentum: 0``. Default lr 1e-3 (torch's), weight decay 0; in comparisons we
-take 100 times AdamW's learning rate: the customary 0.1 with momentum 0.9 beside 1e-3. ``betas`` and ``eps`` are not used.
+take 100 times AdamW's learning rate: the customary 0.1 with momentum 0.9 beside 1e-3. ``betas`` and ``eps`` are
+not used.
 
 Deviation from torch.optim.SGD: weight decay is decoupled (SGDW, arXiv 1711.05101, Algorithm 1), because one plan has
 one weight decay for all its methods. Without momentum or without decay the two are the same. No dampening, no Nesterov.
@@ -14,6 +15,7 @@ one weight decay for all its methods. Without momentum or without decay the two 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,15 +31,17 @@ class SGDOptions(Options):
 
     def __post_init__(self) -> None:
         if not isinstance(self.momentum, int | float) or isinstance(self.momentum, bool) or not 0 <= self.momentum < 1:
-            raise OptionProblem("momentum", f"momentum should be a number from 0 up to, not including, 1, found {self.momentum!r}")
+            raise OptionProblem("momentum", f"momentum should be a number in [0, 1), found {self.momentum!r}")
 
 
 class SGD(Method):
+    """Heavy-ball momentum, or none."""
+
     name = "sgd"
     summary = "momentum only, or nothing at all: the memory floor"
     source = "arXiv 1711.05101"
     options_type = SGDOptions
-    options_help = {"momentum": "heavy-ball momentum, 0 for none"}
+    options_help: ClassVar[dict[str, str]] = {"momentum": "heavy-ball momentum, 0 for none"}
     bytes_help = "4 bytes a parameter; none with momentum: 0"
     default_weight_decay = 0.0
     lr_factor = 100.0

@@ -5,7 +5,7 @@
     v <- b2 v + (1 - b2) mean_K(g^2)        K = ``axes``, any non-empty subset of a tensor's axes
 
 and otherwise AdamW, v broadcast over K. For a linear layer's ``[out, in]``, ``axes: [1]`` keeps one value an output
-(its fan_in averaged), ``[0]`` one an input, ``[0, 1]`` one for the whole matrix; embeddings ``[vocab, d]`` want ``[1]``.
+(its fan_in averaged), ``[0]`` one an input, ``[0, 1]`` one for the matrix; embeddings ``[vocab, d]`` want ``[1]``.
 
 State: 4 bytes a parameter for m, 4 a kept entry of v, 4 for the step.
 Defaults: AdamW's; the paper finds that the learning rate needs no change. Which axes a tensor tolerates is measured
@@ -18,7 +18,7 @@ of its group instead of on matrices only, eps outside the root after the bias co
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from memadvise.optim.method import OptionProblem, Options, Shape, is_int
 from memadvise.optim.methods.blockmean import BlockMeanAdam, Blocks
@@ -33,9 +33,9 @@ class SlimAdamOptions(Options):
     def __post_init__(self) -> None:
         axes: Any = self.axes
         if not isinstance(axes, list | tuple) or not all(is_int(a) for a in axes):
-            raise OptionProblem("axes", f"axes should be a list of axis numbers, found {axes!r}", "for example: axes: [1]")
+            raise OptionProblem("axes", f"axes should be a list of axis numbers, found {axes!r}", "such as axes: [1]")
         if not axes:
-            raise OptionProblem("axes", "axes is empty: nothing would be averaged", "name an axis, or use method: adamw")
+            raise OptionProblem("axes", "axes is empty: nothing would be averaged", "or use method: adamw")
         if min(axes) < 0:
             raise OptionProblem("axes", f"axes {list(axes)} has a negative axis", "count axes from 0, the first")
         if len(set(axes)) != len(axes):
@@ -44,11 +44,15 @@ class SlimAdamOptions(Options):
 
 
 class SlimAdam(BlockMeanAdam):
+    """The second moment averaged over ``axes``."""
+
     name = "slimadam"
     summary = "the second moment averaged over chosen axes"
     source = "arXiv 2503.01843"
     options_type = SlimAdamOptions
-    options_help = {"axes": "the axes averaged in the second moment, for example [1]; [0] keeps one value an input"}
+    options_help: ClassVar[dict[str, str]] = {
+        "axes": "the axes averaged in the second moment, for example [1]; [0] keeps one value an input"
+    }
     bytes_help = "4 bytes a parameter, and 4 for each kept entry of the second moment"
 
     def check(self, shape: Shape, options: SlimAdamOptions) -> None:
