@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from memadvise.target import Target
+
 
 def checkpoint_patterns(model: nn.Module) -> tuple[str, ...]:
     """Globs of the repeated blocks worth checkpointing: the outermost lists of two or more equal modules.
@@ -130,6 +132,40 @@ def split_batch(batch: Any, parts: int) -> list[Any]:
         )
     step = size // parts
     return [_slice(batch, i * step, (i + 1) * step) for i in range(parts)]
+
+
+def train_step(target: Target, model: Any, batch: Any, optimizer: Any, *, micro_batches: int = 1) -> Any:
+    """One training step of ``target``, its batch split in ``micro_batches`` parts whose gradients accumulate.
+
+    The same loop for real training, for the probe and under a memory trace. Each part's loss is divided by their
+    number, so that the gradient is the mean over the parts.
+
+    Returns:
+        what ``target.step`` returns for one part; else the mean loss, a 0-dim tensor (no host read happens here).
+
+    Raises:
+        UsageError: the target brings its own ``train_step``, or the batch cannot be split in equal parts.
+        TargetRaised, TargetError: the target's code is at fault.
+    """
+    if micro_batches == 1:
+        return target.step(model, batch, optimizer)
+    if target.train_step is not None:
+        raise UsageError(
+            f"{target.spec} has its own train_step, which decides itself how a batch is split",
+            hint="accumulate gradients inside train_step, or remove it and let compute_loss(model, batch) do",
+        )
+    from memadvise.target import user_code
+
+    total: Any = None
+    for part in split_batch(batch, micro_batches):
+        loss = target.loss(model, part) / micro_batches
+        with user_code(f"the backward pass of {target.spec}", target.path):
+            loss.backward()
+        total = loss.detach() if total is None else total + loss.detach()
+        del loss
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total
 
 
 def _tensors(batch: Any) -> list[torch.Tensor]:

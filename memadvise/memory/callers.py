@@ -1,0 +1,46 @@
+"""Which line of the user's code is running: a bounded walk up the stack, each source file judged once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from functools import lru_cache
+
+import memadvise
+
+_MAX_FRAMES = 80
+_OURS = os.path.dirname(os.path.abspath(memadvise.__file__)) + os.sep
+_STDLIB = tuple({os.path.abspath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib")})
+
+
+@lru_cache(maxsize=4096)
+def _is_user_file(path: str) -> bool:
+    if path.startswith("<"):
+        return False
+    path = os.path.abspath(path)
+    return not ("site-packages" in path or "dist-packages" in path or path.startswith((_OURS, *_STDLIB)))
+
+
+@lru_cache(maxsize=4096)
+def _shown(path: str) -> str:
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative
+
+
+def user_line(*, below: str | None = None) -> str | None:
+    """``file:line`` of the innermost frame that is the user's: not memadvise, not an installed package, not the
+    standard library. None when there is none within a bounded depth, or when a frame of a file that contains
+    ``below`` comes first.
+    """
+    frame = sys._getframe(1)
+    for _ in range(_MAX_FRAMES):
+        path = frame.f_code.co_filename
+        if _is_user_file(path):
+            return f"{_shown(path)}:{frame.f_lineno}"
+        if below is not None and below in path:
+            return None
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+    return None

@@ -1,0 +1,253 @@
+"""Fake CPU tensors that behave as CUDA tensors do, as far as memory is concerned; everything is undone afterwards.
+
+Fake tensors on the device "cuda" need a CUDA build, and even there attention silently takes the wrong path; fake
+CPU tensors work everywhere. What differs on CUDA is put on top: attention kernels (:mod:`.attention`), fused
+dropout, softmax of half precision into fp32, the foreach default of optimizers, autocast (:mod:`.autocast`), device
+arguments. For ``device="cpu"`` only what building on fake tensors needs is changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from memadvise.errors import UsageError
+from memadvise.memory.attention import cuda_attention
+from memadvise.memory.autocast import cuda_autocast
+
+CUDA_GRANULARITY = 512  # c10's kMinBlockSize: every allocation is a multiple of it
+_HALF = (torch.float16, torch.bfloat16)
+_aten = torch.ops.aten
+_ATTENTION_KERNELS = {
+    "flash": "flash (or cuDNN, which keeps the same tensors)",
+    "efficient": "memory-efficient",
+    "math": "math (keeps the whole attention matrix)",
+}
+
+
+@dataclass
+class Semantics:
+    """What the layer did, for the assumptions of the ledger."""
+
+    device: str
+    attention: Counter[str] = field(default_factory=Counter)
+    foreach_by_default: bool = False
+    fused_dropout: bool = False
+
+    @property
+    def granularity(self) -> int:
+        return CUDA_GRANULARITY if self.device == "cuda" else 1
+
+    def assumptions(self) -> list[str]:
+        """One sentence for each."""
+        if self.device == "cpu":
+            return [
+                "Sizes are exact bytes as on the CPU; scratch memory inside kernels is not known and not counted.",
+            ]
+        said = [
+            "Sizes are rounded up to 512 bytes, as the CUDA caching allocator does.",
+            "Not counted: the CUDA context, cuBLAS and cuDNN workspaces, and memory the allocator reserves but does "
+            "not use.",
+            "The batch is on the device for the whole step, and only the batch of that step.",
+        ]
+        for kernel, count in sorted(self.attention.items()):
+            said.append(f"Attention: the {_ATTENTION_KERNELS[kernel]} kernel, {count // 2 or count} calls a step.")
+        if self.fused_dropout:
+            said.append("Dropout is the fused CUDA kernel: it keeps one byte an element.")
+        return said
+
+
+def check_device(device: str) -> str:
+    """``"cuda"`` or ``"cpu"``.
+
+    Raises:
+        UsageError: another device.
+    """
+    if device not in ("cuda", "cpu"):
+        raise UsageError(f"'{device}' is not a device that can be estimated", hint="use cuda or cpu")
+    return device
+
+
+class _Patches:
+    """Attributes replaced for a while; :meth:`undo` puts every one back, newest first."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._done: set[tuple[int, str]] = set()
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        if (id(owner), name) not in self._done:
+            self._done.add((id(owner), name))
+            self._stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+
+    def undo(self) -> None:
+        self._stack.close()
+
+
+@contextlib.contextmanager
+def device_semantics(device: str) -> Iterator[tuple[Semantics, Callable[[], None]]]:
+    """Change torch for building and running a model on fake tensors; leave it exactly as it was afterwards.
+
+    Yields:
+        the record of what was assumed, and a function to call when more modules may have been imported (patches
+        for libraries the model brings along).
+    """
+    semantics = Semantics(check_device(device))
+    patches = _Patches()
+
+    def patch_libraries() -> None:
+        for name, module in list(sys.modules.items()):
+            # transformers asks "is this a fake tensor?" and then keeps masks that a real step never makes.
+            if name.startswith("transformers.") and name.endswith(("masking_utils", "modeling_attn_mask_utils")):
+                if "is_tracing" in vars(module):
+                    patches.set(module, "is_tracing", _is_not_tracing)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(patches.undo)
+        patches.set(nn.Module, "_apply", _apply_to_fakes)
+        for name, function in list(vars(nn.init).items()):
+            if callable(function) and name.endswith("_") and not name.startswith("_"):
+                patches.set(nn.init, name, _leave)  # nobody reads the numbers
+        if semantics.device == "cuda":
+            _patch_optimizers(patches, semantics)
+            _patch_cuda_module(patches)
+            stack.enter_context(cuda_autocast())
+            stack.enter_context(_cuda_kernels(semantics))
+            stack.enter_context(_CudaDevices())
+        patch_libraries()
+        yield semantics, patch_libraries
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    state, python_state = torch.get_rng_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        random.setstate(python_state)
+
+
+def _is_not_tracing(tensor: Any = None) -> bool:
+    return False
+
+
+def _leave(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return tensor
+
+
+def _apply_to_fakes(module: nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> nn.Module:
+    """``Module._apply`` for fakes: sets the data in place, where torch would swap tensors and refuse."""
+    if recurse:
+        for child in module.children():
+            child._apply(fn)
+    for param in module._parameters.values():
+        if param is not None:
+            with torch.no_grad():
+                applied = fn(param)
+                if applied is not param:
+                    param.data = applied
+                if param.grad is not None:
+                    param.grad.data = fn(param.grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = fn(buffer)
+    return module
+
+
+def _patch_optimizers(patches: _Patches, semantics: Semantics) -> None:
+    """``foreach=None`` means the foreach implementation for parameters on CUDA."""
+
+    def default(params: Any, differentiable: bool, use_fused: bool = False) -> tuple[bool, bool]:
+        foreach = not differentiable and not use_fused
+        semantics.foreach_by_default |= foreach
+        return (use_fused and not differentiable), foreach
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("torch.optim.") and "_default_to_fused_or_foreach" in vars(module):
+            patches.set(module, "_default_to_fused_or_foreach", default)
+
+
+def _patch_cuda_module(patches: _Patches) -> None:
+    """Calls that a training script makes around a step, where there may be no CUDA at all."""
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats", "set_device"):
+        patches.set(torch.cuda, name, lambda *args, **kwargs: None)
+    for name in ("current_device", "memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        patches.set(torch.cuda, name, lambda *args, **kwargs: 0)
+
+
+def _is_cuda(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.startswith("cuda")
+    if isinstance(value, torch.device):
+        return value.type == "cuda"
+    return isinstance(value, int) and not isinstance(value, bool)  # an ordinal
+
+
+class _CudaDevices(TorchFunctionMode):
+    """Turns device arguments that say CUDA into the device of the fake tensors."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": "cpu"}
+        if func is torch.Tensor.to:
+            args = (args[0], *("cpu" if _is_cuda(value) else value for value in args[1:]))
+        elif func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
+            return args[0]
+        elif func is torch.Tensor.backward:
+            with self:  # a mode is off inside the functions that it sees, but checkpointed modules run in here
+                return _backward(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _backward(
+    tensor: torch.Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
+) -> None:
+    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+
+
+@contextlib.contextmanager
+def _cuda_kernels(semantics: Semantics) -> Iterator[None]:
+    """Composite operations that CUDA composes differently, replaced in the dispatcher: whoever calls them, they
+    take the CUDA way.
+    """
+
+    def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return cuda_attention(*args, **kwargs, used=semantics.attention)
+
+    def dropout(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+        if not train or p == 0 or x.numel() == 0:
+            return x
+        if p == 1:
+            return x.mul(torch.zeros((), dtype=x.dtype))
+        semantics.fused_dropout = True
+        return torch.native_dropout(x, p, True)[0]
+
+    def softmax(kernel: Any) -> Callable[..., torch.Tensor]:
+        def run(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+            if dtype is torch.float32 and x.dtype in _HALF:
+                return kernel(x, dim, True)  # reads half and writes fp32: no fp32 copy of the input
+            return kernel(x if dtype is None else x.to(dtype), dim, False)
+
+        return run
+
+    library = torch.library.Library("aten", "IMPL", "AutogradCPU")
+    try:
+        library.impl("scaled_dot_product_attention", attention)
+        library.impl("dropout", dropout)
+        library.impl("softmax.int", softmax(_aten._softmax))
+        library.impl("log_softmax.int", softmax(_aten._log_softmax))
+        yield
+    finally:
+        library._destroy()
