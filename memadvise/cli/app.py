@@ -1,0 +1,135 @@
+"""The command line: one Typer app, and the one place where exceptions become exit codes.
+
+0 ok, 1 finding (no plan fits), 2 usage, configuration or input, 3 environment or internal, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+import memadvise
+from memadvise.cli import common
+from memadvise.cli.env import env
+from memadvise.cli.init import init
+from memadvise.cli.optimizers import optimizers
+from memadvise.cli.recommend import recommend
+from memadvise.cli.scan import scan
+from memadvise.errors import MemadviseError, PlanError
+
+app = typer.Typer(
+    name="memadvise",
+    help="Where the bytes of a training step go, and the least harmful way to make them fit.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # exceptions are turned into sentences below
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (scan, recommend, optimizers, env, init):
+    app.command()(command)
+
+# Typer brings Click's exceptions under changing module names; the base of its own is always the right one.
+_CLICK_ERRORS: type[Exception] = next(
+    base
+    for base in typer.BadParameter.__mro__
+    if base.__name__ == "ClickException"  # type: ignore[misc]
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        common.print_result(f"memadvise {memadvise.__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Where the bytes of a training step go, and the least harmful way to make them fit."""
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code."""
+    sys.exit(run(args))
+
+
+def run(args: Sequence[str] | None = None) -> int:
+    """Run the command line on ``args`` (default: those of the process); the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # not a text stream of a real file
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    common.configure()
+    try:
+        command = typer.main.get_command(app)
+        code = command.main(args=args, prog_name="memadvise", standalone_mode=False)
+        # Typer answers Ctrl-C inside a command with this code instead of an exception, depending on its version.
+        return _interrupted() if code == 130 else code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return _interrupted()
+    except MemadviseError as error:
+        return _expected(error)
+    except _CLICK_ERRORS as error:
+        return _usage(error)
+    except (MemoryError, Exception) as error:
+        return _unexpected(error)
+
+
+def _interrupted() -> int:
+    print("\ninterrupted; no file was left half written", file=sys.stderr)
+    return 130
+
+
+def _expected(error: MemadviseError) -> int:
+    if common.state.verbosity >= 2:
+        traceback.print_exception(error, file=sys.stderr)
+    if isinstance(error, PlanError):
+        number = len(error.problems)
+        print(f"{error}\nerror: {number} {'mistake' if number == 1 else 'mistakes'} in the plan", file=sys.stderr)
+        return error.exit_code
+    lines = [f"error: {error.message}"]
+    if error.where is not None:
+        lines += [f"  at {error.where}", *(f"    {line}" for line in error.where.excerpt())]
+    if error.hint:
+        lines.append(f"  hint: {error.hint}")
+    print("\n".join(lines), file=sys.stderr)
+    if error.exit_code == 1 and common.state.format is common.Format.json:
+        # A finding is a result: whoever asked for JSON gets it as JSON.
+        common.print_result(common.to_json({"finding": error.message, "hint": error.hint}))
+    return error.exit_code
+
+
+def _usage(error: Any) -> int:
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error.format_message(), file=sys.stderr)
+        return 2
+    path = context.command_path if context is not None else "memadvise"
+    message = str(error.format_message()).rstrip(".")
+    print(f"error: {message[:1].lower()}{message[1:]}\n  hint: {path} --help", file=sys.stderr)
+    return 2
+
+
+def _unexpected(error: BaseException) -> int:
+    verbose = common.state.verbosity >= 2
+    if verbose:
+        traceback.print_exception(error, file=sys.stderr)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        print("error: out of memory", file=sys.stderr)
+        print("  hint: a smaller batch, or --no-probe, which allocates no weights", file=sys.stderr)
+        return 3
+    message = " ".join(str(error).split())
+    print(f"error: internal error: {type(error).__name__}{f': {message}' if message else ''}", file=sys.stderr)
+    if not verbose:
+        print(
+            "  hint: run with -vv for the traceback, and report it with the output of: memadvise env", file=sys.stderr
+        )
+    return 3

@@ -1,0 +1,216 @@
+"""What every command shares: options spelled the same everywhere, results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memadvise.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+Progress = Callable[[str, int, int], None]
+
+
+class Format(StrEnum):
+    """How a result is printed."""
+
+    text = "text"
+    json = "json"
+
+
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write.")]
+ResultFile = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the result there instead of printing it.")
+]
+Force = Annotated[
+    bool, typer.Option("--force", "-f", help="Replace a file that memadvise did not write, or you edited.")
+]
+FormatOption = Annotated[Format, typer.Option("--format", help="json prints one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result and errors only.")]
+Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More on stderr; -vv adds tracebacks.")]
+NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress on stderr.")]
+
+
+@dataclass
+class _State:
+    """How this run of the command line talks; set by the command, read where exceptions become exit codes."""
+
+    format: Format = Format.text
+    quiet: bool = False
+    verbosity: int = 0
+    progress: bool = True
+
+
+state = _State()
+
+
+def configure(
+    *,
+    format: Format = Format.text,
+    quiet: bool = False,
+    verbose: int = 0,
+    no_progress: bool = False,
+) -> None:
+    """Note the shared options of the running command."""
+    state.format, state.quiet, state.verbosity = format, quiet, verbose
+    state.progress = not (no_progress or quiet)
+
+
+def note(text: str) -> None:
+    """A remark on stderr, unless --quiet."""
+    if not state.quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def print_result(text: str) -> None:
+    """The result on stdout. A reader that went away (``| head``) is no error."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit and would complain then.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def print_renderables(renderables: Iterable[RenderableType]) -> None:
+    """Rich renderables on stdout, in colour on a terminal."""
+    from memadvise.report.draw import make_console
+
+    console = make_console(sys.stdout)
+    with console.capture() as capture:
+        for renderable in renderables:
+            console.print(renderable)
+    text = capture.get()
+    if not console.is_terminal:
+        text = "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+    print_result(text)
+
+
+def deliver(text: str, output: Path | None, *, force: bool) -> None:
+    """A command's result: to ``output`` if there is one, else to stdout."""
+    from memadvise.ledger import write_whole
+
+    if output is None:
+        print_result(text)
+        return
+    write_whole(output, text, force=force)
+    note(f"Wrote {output}")
+
+
+def to_json(value: Any) -> str:
+    """One JSON document; numbers that are not finite become null."""
+    return json.dumps(plain(value), indent=1, allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """Records, tuples and numbers as JSON knows them."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | bool) or value is None else str(value)
+
+
+def check_writable(path: Path, *, force: bool, ours: Callable[[Path], bool], kind: str) -> None:
+    """Fail before the work, not after it, when ``path`` cannot be written or is not ours to replace.
+
+    Args:
+        path: the file to be written later.
+        force: replace whatever is there.
+        ours: whether the existing file may be replaced silently.
+        kind: what ``ours`` recognises, for the message, such as "a scan file".
+
+    Raises:
+        UsageError: with what to do about it.
+    """
+    folder = path.parent
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder", hint=f"name a file in it, for example -o {path / 'memadvise.out'}")
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder} to write {path.name} in", hint=f"mkdir -p {folder}")
+    if path.exists() and not force and not ours(path):
+        raise UsageError(f"{path} exists and is not {kind}", hint="give another name with -o, or --force to replace it")
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}.", suffix=".tmp"):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"cannot write in the folder {folder}: {error.strerror}", hint="give a file in a writable folder with -o"
+        ) from error
+
+
+@contextlib.contextmanager
+def show_progress() -> Iterator[Progress]:
+    """A callback ``(what, done, total)``: a bar on a terminal's stderr, one line a phase elsewhere, or nothing."""
+    if not state.progress:
+        yield lambda what, done, total: None
+    elif sys.stderr.isatty():
+        with _bar() as callback:
+            yield callback
+    else:
+        yield _lines()
+
+
+def _lines() -> Progress:
+    """One line when a phase starts, for logs."""
+    seen: set[str] = set()
+
+    def callback(what: str, done: int, total: int) -> None:
+        if what not in seen:
+            seen.add(what)
+            note(f"{what} ...")
+
+    return callback
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Progress]:
+    """A bar for the phase that is running, shown once the work has taken a second; gone when it is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    # stdout is left alone: the target's own prints are sent to stderr elsewhere.
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True, markup=False, highlight=False, emoji=False),
+        transient=True,
+        redirect_stdout=False,
+    )
+    task = bar.add_task("starting", total=None)
+    started, shown = time.monotonic(), False
+
+    def callback(what: str, done: int, total: int) -> None:
+        nonlocal shown
+        if not shown and time.monotonic() - started > 1:
+            bar.start()
+            shown = True
+        bar.update(task, description=what, completed=done, total=total or None)
+
+    try:
+        yield callback
+    finally:
+        if shown:
+            bar.stop()

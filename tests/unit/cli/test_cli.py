@@ -1,0 +1,200 @@
+"""The frame of the command line: help, exit codes, streams. Commands have their own files."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import memadvise
+from memadvise.cli import app as app_module
+from memadvise.cli import common
+from memadvise.cli.app import main, run
+from memadvise.errors import Infeasible, Mark, PlanError, TargetRaised, UsageError
+
+Capture = pytest.CaptureFixture[str]
+COMMANDS = ("scan", "recommend", "optimizers", "env", "init")
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def start(*args: str, code: str = "", **kwargs: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "memadvise", *args]
+    env = {**os.environ, "PYTHONPATH": str(Path(memadvise.__file__).parents[1])}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)  # type: ignore[call-overload, no-any-return]
+
+
+def test_help_and_version(capsys: Capture) -> None:
+    assert run(["--help"]) == 0
+    out, err = capsys.readouterr()
+    assert all(f"\n  {command} " in out for command in COMMANDS)
+    assert err == ""
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"memadvise {memadvise.__version__}\n"
+
+
+def test_without_arguments_the_help_is_shown(capsys: Capture) -> None:
+    run([])
+    out, err = capsys.readouterr()
+    assert "recommend" in out + err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_shared_options_are_spelled_the_same_on_every_command(command: str, capsys: Capture) -> None:
+    assert run([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    shared = ("-f, --force", "--format", "-q, --quiet", "-v, --verbose", "--no-progress", "-h, --help")
+    assert all(option in text for option in shared)
+    if command != "init":  # its file is its argument
+        assert "-o, --output" in text
+
+
+def test_help_is_fast_and_does_not_import_torch() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    process = start(
+        code="import sys\nfrom memadvise.cli.app import run\nrun(['--help'])\nassert 'torch' not in sys.modules"
+    )
+    _, err = process.communicate(timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert process.returncode == 0, err
+    # Processor time, not time on the wall: the machine may be busy with other tests.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.4
+
+
+@pytest.mark.parametrize(
+    ("args", "message", "hint"),
+    [
+        (["nope"], "error: no such command 'nope'", "memadvise --help"),
+        (["scan"], "error: missing argument 'TARGET'", "memadvise scan --help"),
+        (["recommend"], "error: missing option '--budget'", "memadvise recommend --help"),
+        (["scan", "m.py", "--nope"], "error: no such option: --nope", "memadvise scan --help"),
+        (["scan", "m.py", "--probe-steps", "x"], "error: invalid value for '--probe-steps'", "memadvise scan --help"),
+        (["scan", "m.py", "--probe-steps", "0"], "error: invalid value for '--probe-steps'", "memadvise scan --help"),
+        (["scan", "m.py", "--device", "tpu"], "error: invalid value for '--device': 'tpu'", "memadvise scan --help"),
+        (["env", "--format", "xml"], "error: invalid value for '--format': 'xml'", "memadvise env --help"),
+    ],
+)
+def test_usage_errors_exit_2(args: list[str], message: str, hint: str, capsys: Capture) -> None:
+    assert run(args) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.startswith("error: ")
+    assert err.endswith(f"  hint: {hint}\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (UsageError("bad size", hint="try 12GB"), 2, "error: bad size\n  hint: try 12GB\n"),
+        (
+            TargetRaised("compute_loss raised", where=Mark("model.py", 7, 5, "    return x + 1")),
+            3,
+            "error: compute_loss raised\n  at model.py:7:5\n        return x + 1\n        ^\n",
+        ),
+        (Infeasible("no plan fits", hint="raise it"), 1, "error: no plan fits\n  hint: raise it\n"),
+        (
+            PlanError([UsageError("a", where=Mark("p.yaml", 1, 1, "x")), UsageError("b", hint="c")]),
+            2,
+            "p.yaml:1:1: error: a\n    x\n    ^\nb\n  hint: c\nerror: 2 mistakes in the plan\n",
+        ),
+        (
+            ValueError("of\nour own"),
+            3,
+            "error: internal error: ValueError: of our own\n  hint: run with -vv for the traceba",
+        ),
+        (KeyError("x"), 3, "error: internal error: KeyError: 'x'\n"),
+        (MemoryError(), 3, "error: out of memory\n"),
+        (KeyboardInterrupt(), 130, "\ninterrupted; no file was left half written\n"),
+    ],
+)
+def test_exceptions_become_exit_codes(
+    error: BaseException, code: int, text: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("memadvise.cli.env.gather", fail)
+    assert run(["env"]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert text in err
+    assert "Traceback" not in err
+    if code != 130:
+        assert run(["env", "-vv"]) == code
+        assert "Traceback" in capsys.readouterr().err
+
+
+def test_main_exits_with_the_code() -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["nope"])
+    assert caught.value.code == 2
+
+
+def test_one_run_does_not_change_the_next(capsys: Capture) -> None:
+    run(["init", "a.py", "--format", "json", "-q", "-vv"])
+    run(["nope"])
+    assert (common.state.format, common.state.quiet, common.state.verbosity) == ("text", False, 0)
+    capsys.readouterr()
+
+
+def test_a_finding_is_json_where_json_was_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    def fail() -> None:
+        raise Infeasible("no plan fits", hint="raise it")
+
+    monkeypatch.setattr("memadvise.cli.env.gather", fail)
+    assert run(["env", "--format", "json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"finding": "no plan fits", "hint": "raise it"}
+    assert "error: no plan fits" in err
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    env = {**os.environ, "PYTHONPATH": str(Path(memadvise.__file__).parents[1])}
+    result = subprocess.run(
+        [sys.executable, "-m", "memadvise", "init", "model.py", "--format", "json", "-q"],
+        env=env, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60,
+    )  # fmt: skip
+    os.close(write)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert Path("model.py").is_file()
+
+
+def test_ctrl_c_in_a_scan_leaves_no_half_file_and_exits_130() -> None:
+    code = """
+import sys, time, types
+fake = types.ModuleType("memadvise.scan")
+fake.ProbeOptions = lambda **kwargs: None
+def run_scan(*args, progress, **kwargs):
+    progress("working", 0, 1)
+    time.sleep(60)
+fake.run_scan = run_scan
+sys.modules["memadvise.scan"] = fake
+from memadvise.cli.app import main
+main(["scan", "model.py"])
+"""
+    process = start(code=code)
+    assert process.stderr is not None
+    assert process.stderr.readline() == "working ...\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, "")
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert list(Path().iterdir()) == []
+
+
+def test_every_command_is_registered_once() -> None:
+    names = [c.callback.__name__ for c in app_module.app.registered_commands if c.callback]
+    assert names == list(COMMANDS)
