@@ -79,8 +79,8 @@ def test_help_is_fast_and_does_not_import_torch() -> None:
         (["scan", "m.py", "--nope"], "error: no such option: --nope", "memadvise scan --help"),
         (["scan", "m.py", "--probe-steps", "x"], "error: invalid value for '--probe-steps'", "memadvise scan --help"),
         (["scan", "m.py", "--probe-steps", "0"], "error: invalid value for '--probe-steps'", "memadvise scan --help"),
-        (["scan", "m.py", "--device", "tpu"], "error: invalid value for '--device': 'tpu'", "memadvise scan --help"),
-        (["env", "--format", "xml"], "error: invalid value for '--format': 'xml'", "memadvise env --help"),
+        (["scan", "m.py", "--device", "tpu"], "error: invalid value for '--device'", "memadvise scan --help"),
+        (["env", "--format", "xml"], "error: invalid value for '--format'", "memadvise env --help"),
     ],
 )
 def test_usage_errors_exit_2(args: list[str], message: str, hint: str, capsys: Capture) -> None:
