@@ -198,3 +198,34 @@ main(["scan", "model.py"])
 def test_every_command_is_registered_once() -> None:
     names = [c.callback.__name__ for c in app_module.app.registered_commands if c.callback]
     assert names == list(COMMANDS)
+
+
+def test_a_terminal_gets_a_bar_that_goes_away_and_prints_stay_out_of_the_result() -> None:
+    code = """
+import sys, time
+from memadvise.cli import common
+with common.show_progress() as progress:
+    for done in range(8):
+        progress("probing [h.0]", done, 8)
+        print("from the target", file=sys.stderr)
+        time.sleep(0.2)
+common.print_result("the result\\n")
+"""
+    parent, child = os.openpty()
+    env = {**os.environ, "PYTHONPATH": str(Path(memadvise.__file__).parents[1]), "TERM": "xterm", "COLUMNS": "80"}
+    process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=child, text=True)
+    os.close(child)
+    shown = b""
+    try:
+        while chunk := os.read(parent, 4096):
+            shown += chunk
+    except OSError:  # how Linux says that the other side is closed
+        pass
+    os.close(parent)
+    out, _ = process.communicate(timeout=30)
+    text = shown.decode()
+    assert (process.returncode, out) == (0, "the result\n")
+    assert "probing [h.0]" in text
+    assert "7/8" in text
+    assert "\x1b[2K" in text, "the bar is erased at the end"
+    assert text.count("from the target") == 8
