@@ -90,6 +90,13 @@ class MemadviseOptimizer(Optimizer):
             own = {key: param_group.pop(key) for key in fields & set(param_group)}
             settings = Setting(settings.method, {**settings.options, **own})
         before = len(self.param_groups)
+        if not isinstance(param_group["params"], Tensor | set):
+            param_group["params"] = list(param_group["params"])
+            tensors = [item[1] if isinstance(item, tuple) else item for item in param_group["params"]]
+            if len({id(p) for p in tensors}) != len(tensors):
+                raise OptimizerError(
+                    f"group {before} holds a parameter twice", hint="pass model.named_parameters(): it holds each once"
+                )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -105,10 +112,6 @@ class MemadviseOptimizer(Optimizer):
     ) -> Iterator[tuple[Tensor, Resolved]]:
         params = group["params"]
         names = group.get("param_names")
-        if len(set(params)) != len(params):
-            raise OptimizerError(
-                f"group {index} holds a parameter twice", hint="pass model.named_parameters(), which holds each once"
-            )
         for position, p in enumerate(params):
             name = canonical_name(names[position]) if names else f"parameter {position} of group {index}"
             if isinstance(settings, Setting):

@@ -1,0 +1,570 @@
+"""What every method must do inside training code: the ten traps of integrations, and what frameworks rely on."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, all_cases, all_settings
+from torch import nn
+from toy import Toy, batch, loss_of, optimizer_for, same, train, weights
+
+from memadvise.errors import OptimizerError
+from memadvise.optim.optimizer import MemadviseOptimizer
+from memadvise.optim.registry import METHODS, fitted, list_methods, state_specs
+from memadvise.plan.schema import Setting
+
+SETTINGS = all_settings()
+IDS = [setting.key for _, setting in SETTINGS]
+every_setting = pytest.mark.parametrize(("case", "setting"), SETTINGS, ids=IDS)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def test_every_method_has_a_case_and_a_class() -> None:
+    cases = {case.method: case for case in all_cases()}
+    assert sorted(cases) == sorted(list_methods())
+    for info in METHODS:
+        case = cases[info.name]
+        options = {f.name for f in dataclasses.fields(info.method.options_type)}
+        assert options == set(info.options)
+        assert options <= set(inspect.signature(case.make.__init__).parameters)
+        optimizer = case.make(Toy().parameters())
+        assert optimizer.defaults["lr"] == info.method.default_lr
+        assert optimizer.defaults["betas"] == info.method.default_betas
+        assert optimizer.defaults["weight_decay"] == info.method.default_weight_decay
+        assert {s.method for s in case.settings} == {case.method}
+
+
+# ---------------------------------------------------------------- construction and groups
+
+
+@every_setting
+def test_three_ways_to_construct_give_the_same_weights(case: Case, setting: Setting) -> None:
+    def run(params: Any) -> list[torch.Tensor]:
+        optimizer = case.make(params, lr=case.lr, weight_decay=0.1, **setting.options)
+        train(model, optimizer, 3)
+        return weights(model)
+
+    model = Toy()
+    plain = run(model.parameters())
+    model = Toy()
+    assert same(plain, run(model.named_parameters()))
+    model = Toy()
+    named = list(model.named_parameters())
+    assert same(plain, run([{"params": named[:2]}, {"params": named[2:]}]))
+
+
+@every_setting
+def test_groups_keep_number_order_and_extra_keys(case: Case, setting: Setting) -> None:
+    model = Toy()
+    named = list(model.named_parameters())
+    groups = [{"params": named[3:], "weight_decay": 0.0, "tag": "b"}, {"params": named[:3], "lr": 0.5}]
+    optimizer = MemadviseOptimizer(groups, setting, lr=case.lr, weight_decay=0.1)
+    assert [len(g["params"]) for g in optimizer.param_groups] == [len(named) - 3, 3]
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.0, 0.1]
+    assert [g["lr"] for g in optimizer.param_groups] == [case.lr, 0.5]
+    assert optimizer.param_groups[0]["tag"] == "b"
+    assert optimizer.param_groups[1]["param_names"] == [name for name, _ in named[:3]]
+    train(model, optimizer, 2)
+    assert [len(g["params"]) for g in optimizer.param_groups] == [len(named) - 3, 3]
+
+
+@every_setting
+def test_unknown_arguments_and_mixed_names_are_refused(case: Case, setting: Setting) -> None:
+    model = Toy()
+    with pytest.raises(TypeError):
+        case.make(model.parameters(), lr=case.lr, amsgrad=True, **setting.options)
+    with pytest.raises(ValueError, match="with/without names"):
+        MemadviseOptimizer([{"params": [("a", model.embed)]}, {"params": [model.query]}], setting, lr=case.lr)
+    with pytest.raises(OptimizerError, match="twice"):
+        case.make([model.embed, model.embed], **setting.options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"lr": -1.0}, "lr should be"),
+        ({"lr": "x"}, "lr should be"),
+        ({"lr": torch.ones(2)}, "one element"),
+        ({"lr": 1.0, "betas": (0.9, 1.0)}, "betas should be"),
+        ({"lr": 1.0, "betas": (0.9,)}, "betas should be"),
+        ({"lr": 1.0, "eps": -1e-8}, "eps should be"),
+        ({"lr": 1.0, "weight_decay": -0.1}, "weight_decay should be"),
+        ({"lr": 1.0, "executor": "compiled"}, "no executor 'compiled'"),
+    ],
+)
+def test_hyper_parameters_out_of_range(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptimizerError, match=words):
+        MemadviseOptimizer(Toy().parameters(), Setting("adamw"), **arguments)
+
+
+@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.method)
+def test_foreach_and_fused_flags(case: Case) -> None:
+    case.make(Toy().parameters(), foreach=None, fused=None)
+    case.make(Toy().parameters(), foreach=False, fused=False)
+    with pytest.raises(ValueError, match="chunked"):
+        case.make(Toy().parameters(), foreach=True)
+    if case.fused:
+        assert {m.executor for m in case.make(Toy().parameters(), fused=True).memory()} == {"fused"}
+        assert {m.executor for m in case.make(Toy().parameters(), fused=False).memory()} == {"chunked"}
+    else:
+        with pytest.raises(ValueError, match="chunked"):
+            case.make(Toy().parameters(), fused=True)
+
+
+def test_a_group_may_override_the_options_and_a_refused_group_leaves_no_trace() -> None:
+    model = Toy()
+    from memadvise.optim import SlimAdam
+
+    optimizer = SlimAdam([{"params": [model.embed]}, {"params": [model.query], "axes": [0]}], axes=(1,))
+    assert [m.setting for m in optimizer.memory()] == ["slimadam(axes=[1])", "slimadam(axes=[0])"]
+    assert "axes" not in optimizer.param_groups[1]
+    with pytest.raises(OptimizerError, match="parameter 0 of group 2"):
+        optimizer.add_param_group({"params": [model.conv], "axes": [4]})
+    assert len(optimizer.param_groups) == 2
+    optimizer.add_param_group({"params": [model.conv]})
+    train(model, optimizer, 1)
+    assert len(optimizer.state) == 3
+
+
+# ---------------------------------------------------------------- state
+
+
+@every_dtype
+@every_setting
+def test_state_is_lazy_complete_fp32_and_of_tensors_only(case: Case, setting: Setting, dtype: torch.dtype) -> None:
+    model = Toy().to(dtype)
+    optimizer = optimizer_for(model, setting, case.lr)
+    assert len(optimizer.state) == 0  # T3: distributed checkpoints prime an optimizer only if it has no state
+    train(model, optimizer, 1)
+    for p in model.parameters():
+        specs = state_specs(fitted(setting, tuple(p.shape)), tuple(p.shape), dtype)
+        state = optimizer.state[p] if specs else {}
+        assert list(state) == list(specs)
+        for name, spec in specs.items():
+            assert isinstance(state[name], torch.Tensor)
+            assert (tuple(state[name].shape), state[name].dtype) == (spec.shape, torch.float32)
+
+
+@every_dtype
+@every_setting
+def test_load_keeps_dtypes_and_values_and_copies(case: Case, setting: Setting, dtype: torch.dtype) -> None:
+    model = Toy().to(dtype)
+    optimizer = optimizer_for(model, setting, case.lr)
+    train(model, optimizer, 3)
+    before = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(optimizer.state_dict())  # T2: what accelerate does to an optimizer it prepares
+    other = copy.deepcopy(model)
+    loaded = optimizer_for(other, setting, lr=9.0)
+    loaded.load_state_dict(before)
+    for result in (optimizer.state_dict(), loaded.state_dict()):
+        assert result["state"].keys() == before["state"].keys()
+        for index, state in before["state"].items():
+            for name, value in state.items():
+                again = result["state"][index][name]
+                assert again.dtype == value.dtype
+                assert torch.equal(again, value)
+        assert result["param_groups"] == before["param_groups"]
+    train(other, loaded, 2, first=3)
+    assert all(
+        torch.equal(value, before["state"][index][name])
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    ), "loading must copy: training on changed the state that was loaded from"
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, list[torch.Tensor]]]]:
+    """Ten steps without a break, and a checkpoint after five continued in one fresh process."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("resume")
+    expected = {}
+    for number, (case, setting) in enumerate(SETTINGS):
+        for dtype in (torch.float32, torch.bfloat16):
+            model = Toy().to(dtype)
+            optimizer = optimizer_for(model, setting, case.lr)
+            train(model, optimizer, 5)
+            name = f"{number}-{str(dtype).removeprefix('torch.')}"
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / f"{name}.pt")
+            train(model, optimizer, 5, first=5)
+            expected[name] = weights(model)
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, str(here / "resume_child.py"), str(folder)], check=True, env=environment, timeout=120)
+    yield folder, expected
+
+
+@every_dtype
+@every_setting
+def test_resume_in_a_fresh_process_is_bit_for_bit(
+    case: Case, setting: Setting, dtype: torch.dtype, resumed: tuple[Path, dict[str, list[torch.Tensor]]]
+) -> None:
+    folder, expected = resumed
+    name = f"{SETTINGS.index((case, setting))}-{str(dtype).removeprefix('torch.')}"
+    assert same(expected[name], torch.load(folder / f"{name}.out", weights_only=True))
+
+
+@every_setting
+def test_deepcopy_and_pickle_continue_alike_and_apart(case: Case, setting: Setting) -> None:
+    model = Toy()
+    optimizer = optimizer_for(model, setting, case.lr)
+    train(model, optimizer, 2)
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    loaded, loaded_optimizer = pickle.loads(pickle.dumps((model, optimizer)))
+    train(model, optimizer, 2, first=2)
+    middle = weights(twin)
+    assert not same(middle, weights(model))
+    for other, other_optimizer in ((twin, twin_optimizer), (loaded, loaded_optimizer)):
+        train(other, other_optimizer, 2, first=2)
+        assert same(weights(other), weights(model))
+        assert other_optimizer.memory() == optimizer.memory()
+
+
+@every_setting
+def test_state_of_another_setting_is_refused_by_name(case: Case, setting: Setting) -> None:
+    other = Setting("lion") if setting.method != "lion" else Setting("adamw")
+    model = Toy()
+    optimizer = optimizer_for(model, setting, case.lr)
+    train(model, optimizer, 1)
+    target = optimizer_for(Toy(), other, case.lr)
+    with pytest.raises(OptimizerError, match=r"^embed was trained with .*, this optimizer uses"):
+        target.load_state_dict(optimizer.state_dict())
+    assert len(target.state) == 0
+    state_dict = optimizer.state_dict()
+    if not state_dict["state"]:
+        return  # nothing to compare without the settings
+    del state_dict["memadvise"]  # tools that rebuild a state dict keep only torch's two keys
+    with pytest.raises(OptimizerError, match="not the state of embed"):
+        target.load_state_dict(state_dict)
+
+
+def test_settings_that_mean_the_same_load() -> None:
+    model = Toy()
+    optimizer = optimizer_for(model, Setting("slimadam", {"axes": [0, 1]}), 1e-2)
+    train(model, optimizer, 1)
+    optimizer_for(Toy(), Setting("slimadam", {"axes": (1, 0)}), 1e-2).load_state_dict(optimizer.state_dict())
+
+
+def test_a_newer_format_and_other_groups_are_refused() -> None:
+    optimizer = optimizer_for(Toy(), Setting("adamw"), 1e-2)
+    state_dict = optimizer.state_dict()
+    with pytest.raises(OptimizerError, match="format 99"):
+        optimizer.load_state_dict({**state_dict, "memadvise": {"format": 99, "settings": {}}})
+    with pytest.raises(ValueError, match="parameter group"):
+        optimizer.load_state_dict({**state_dict, "param_groups": []})
+
+
+def test_torch_adamw_state_loads_where_it_fits_and_fails_with_a_sentence_elsewhere() -> None:
+    model = Toy()
+    theirs = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, fused=True)
+    train(model, theirs, 3)
+    twin = copy.deepcopy(model)
+    ours = optimizer_for(twin, Setting("adamw"), lr=1.0)
+    ours.load_state_dict(theirs.state_dict())
+    train(model, theirs, 3, first=3)
+    train(twin, ours, 3, first=3)
+    assert same(weights(model), weights(twin))
+    slim = optimizer_for(Toy(), Setting("slimadam", {"axes": [1]}), lr=1.0)
+    with pytest.raises(OptimizerError, match=r"not the state of embed: its exp_avg_sq has shape \[16, 12\]"):
+        slim.load_state_dict(theirs.state_dict())
+
+
+def test_load_hooks_of_the_user_see_and_may_change_the_state() -> None:
+    model = Toy()
+    optimizer = optimizer_for(model, Setting("adamw"), 1e-2)
+    train(model, optimizer, 2)
+    target = optimizer_for(Toy(), Setting("adamw"), 1e-2)
+
+    def reset_steps(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        states = {i: {**s, "step": torch.tensor(41.0)} for i, s in state_dict["state"].items()}
+        return {**state_dict, "state": states}
+
+    seen = []
+    target.register_load_state_dict_pre_hook(reset_steps)
+    target.register_load_state_dict_post_hook(lambda o: seen.append(len(o.state)))
+    target.load_state_dict(optimizer.state_dict())
+    assert seen == [len(optimizer.state)]
+    assert {float(s["step"]) for s in target.state.values()} == {41.0}
+
+
+# ---------------------------------------------------------------- steps
+
+
+@every_dtype
+@every_setting
+def test_lr_zero_leaves_weights_bit_equal(case: Case, setting: Setting, dtype: torch.dtype) -> None:
+    for lr in (0.0, torch.tensor(0.0)):
+        model = Toy().to(dtype)
+        before = weights(model)
+        optimizer = optimizer_for(model, setting, lr)
+        train(model, optimizer, 2)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)  # T3, T4: the step of a distributed checkpoint's lazy initialisation
+        optimizer.step()
+        assert same(before, weights(model))
+
+
+@every_dtype
+@every_setting
+@pytest.mark.parametrize("kind", ["zero", "one-hot", "tiny", "huge", "alternating", "zero row"])
+def test_odd_gradients_stay_finite(case: Case, setting: Setting, dtype: torch.dtype, kind: str) -> None:
+    model = Toy().to(dtype)
+    optimizer = optimizer_for(model, setting, case.lr)
+    for number in range(20):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+            if kind == "one-hot":
+                p.grad.view(-1)[0] = 1
+            elif kind in ("tiny", "huge"):
+                p.grad.fill_(1e-30 if kind == "tiny" else 1e4)
+            elif kind == "alternating":
+                p.grad.fill_((-1.0) ** number)
+            elif kind == "zero row" and p.ndim > 1:
+                p.grad[1:] = 1
+        optimizer.step()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert all(torch.isfinite(v).all() for state in optimizer.state.values() for v in state.values())
+
+
+@every_setting
+def test_parameters_without_gradient_are_skipped_and_keep_their_step(case: Case, setting: Setting) -> None:
+    model = Toy()
+    optimizer = optimizer_for(model, setting, case.lr)
+    train(model, optimizer, 2)
+    loss_of(model, 2).backward()
+    model.embed.grad = None
+    before = model.embed.detach().clone()
+    step = optimizer.state[model.embed]["step"].clone() if "step" in optimizer.state.get(model.embed, {}) else None
+    optimizer.step()
+    assert torch.equal(before, model.embed)
+    if step is not None:
+        assert torch.equal(optimizer.state[model.embed]["step"], step)
+        assert optimizer.state[model.query]["step"] == 3
+
+
+@every_setting
+def test_weight_decay_alone_shrinks_the_weights(case: Case, setting: Setting) -> None:
+    model = Toy()
+    before = weights(model)
+    optimizer = optimizer_for(model, setting, lr=0.25)  # weight decay 0.1
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for old, new in zip(before, weights(model), strict=True):
+        torch.testing.assert_close(new, old * 0.975)
+
+
+@every_setting
+def test_closure_is_called_once_with_gradients_enabled(case: Case, setting: Setting) -> None:
+    model, other = Toy(), Toy()
+    optimizer, plain = optimizer_for(model, setting, case.lr), optimizer_for(other, setting, case.lr)
+    calls = []
+
+    def closure() -> torch.Tensor:
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        loss = loss_of(model, 0)
+        loss.backward()
+        calls.append(loss)
+        return loss
+
+    with torch.no_grad():
+        assert optimizer.step(closure) is calls[0]
+    assert len(calls) == 1
+    train(other, plain, 1)
+    assert same(weights(model), weights(other))
+
+
+@every_setting
+def test_a_tensor_lr_is_read_at_every_step(case: Case, setting: Setting) -> None:
+    model, other = Toy().double(), Toy().double()
+    lr = torch.tensor(case.lr, dtype=torch.float64)
+    optimizer, plain = optimizer_for(model, setting, lr), optimizer_for(other, setting, case.lr)
+    train(model, optimizer, 2)
+    train(other, plain, 2)
+    lr.mul_(0.5)
+    plain.param_groups[0]["lr"] = case.lr * 0.5
+    train(model, optimizer, 2, first=2)
+    train(other, plain, 2, first=2)
+    for left, right in zip(weights(model), weights(other), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-14)
+
+
+@every_setting
+def test_schedulers(case: Case, setting: Setting) -> None:
+    from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau, SequentialLR
+
+    model = Toy()
+    optimizer = optimizer_for(model, setting, case.lr)
+    scheduler = LambdaLR(optimizer, lambda step: 0.0 if step == 1 else 1.0)
+    train(model, optimizer, 1)
+    scheduler.step()
+    before = weights(model)
+    train(model, optimizer, 1)
+    assert same(before, weights(model))  # lr x 0 for one step
+    scheduler.step()
+    train(model, optimizer, 1)
+    assert not same(before, weights(model))
+
+    optimizer = optimizer_for(model, setting, case.lr)
+    parts = [LinearLR(optimizer, 0.1, 1.0, 2), LambdaLR(optimizer, lambda step: 0.5**step)]
+    sequence, plateau = SequentialLR(optimizer, parts, [2]), ReduceLROnPlateau(optimizer, patience=0)
+    for number in range(4):
+        train(model, optimizer, 1, first=number)
+        sequence.step()
+    lr = optimizer.param_groups[0]["lr"]
+    assert lr == pytest.approx(case.lr * 0.25)
+    plateau.step(1.0)
+    plateau.step(2.0)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(lr * 0.1)
+
+
+@every_setting
+def test_grad_scaler_skips_an_overflow_without_making_state(case: Case, setting: Setting) -> None:
+    model = Toy()
+    before = weights(model)
+    optimizer = optimizer_for(model, setting, case.lr)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(loss_of(model, 0)).backward()
+    model.query.grad[0, 0] = float("inf")
+    scaler.step(optimizer)
+    scaler.update()
+    assert same(before, weights(model))
+    assert len(optimizer.state) == 0
+    optimizer.zero_grad()
+    scaler.scale(loss_of(model, 0)).backward()
+    scaler.step(optimizer)
+    other = Toy()
+    train(other, optimizer_for(other, setting, case.lr), 1)
+    for left, right in zip(weights(model), weights(other), strict=True):
+        torch.testing.assert_close(left, right)
+
+
+@every_setting
+def test_scaling_all_gradients_changes_nothing_where_that_is_promised(case: Case, setting: Setting) -> None:
+    results = []
+    for factor in (1.0, 64.0):
+        model = Toy().double()
+        optimizer = MemadviseOptimizer(model.parameters(), setting, lr=case.lr, eps=0.0)
+        for number in range(3):
+            optimizer.zero_grad()
+            (loss_of(model.double(), number).double() * factor).backward()
+            model.embed.grad.add_(factor * 1e-3)  # no row of zeros: 0/0 without eps
+            optimizer.step()
+        results.append(weights(model))
+    close = all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(*results, strict=True))
+    assert close == case.scale_invariant
+
+
+@every_setting
+def test_it_trains(case: Case, setting: Setting) -> None:
+    model = Toy()
+    optimizer = optimizer_for(model, setting, case.lr * (5 if case.method == "sgd" else 1))
+    first = loss_of(model, 0).item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss_of(model, 0).backward()
+        optimizer.step()
+    assert loss_of(model, 0).item() < 0.8 * first
+
+
+# ---------------------------------------------------------------- what is refused, and odd worlds
+
+
+@every_setting
+def test_what_cannot_be_stepped_is_refused_by_name(case: Case, setting: Setting) -> None:
+    table = nn.Embedding(16, 12, sparse=True)
+    optimizer = MemadviseOptimizer(table.named_parameters(), setting, lr=case.lr)
+    table(batch(0)[0]).sum().backward()
+    before = table.weight.detach().clone()
+    with pytest.raises(OptimizerError, match="weight has a sparse gradient"):
+        optimizer.step()
+    assert torch.equal(before, table.weight)
+    assert len(optimizer.state) == 0
+
+    model = Toy()
+    optimizer = optimizer_for(model, setting, case.lr)
+    model.query.data = torch.zeros(24, 4)
+    model.query.grad = torch.zeros(24, 4)
+    with pytest.raises(OptimizerError, match=r"query had shape \[8, 12\]"):
+        optimizer.step()
+
+    with pytest.raises(OptimizerError, match=r"w has dtype torch.complex64"):
+        MemadviseOptimizer([("w", nn.Parameter(torch.zeros(4, 4, dtype=torch.complex64)))], setting, lr=case.lr)
+    with pytest.raises(OptimizerError, match="no shape yet"):
+        MemadviseOptimizer(nn.LazyLinear(4).parameters(), setting, lr=case.lr)
+
+
+@every_setting
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_step_runs_on_fake_tensors(case: Case, setting: Setting, device: str) -> None:
+    from torch._subclasses import FakeTensorMode
+
+    from memadvise.optim.method import assume_device
+
+    with FakeTensorMode(), assume_device(device):
+        model = Toy()
+        optimizer = optimizer_for(model, setting, case.lr)
+        for _ in range(2):
+            for p in model.parameters():
+                p.grad = torch.empty_like(p)
+            optimizer.step()
+    real = sum(v.numel() * v.itemsize for state in optimizer.state.values() for v in state.values())
+    assert real == sum(m.state_bytes for m in optimizer.memory())
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@every_setting
+def test_distributed_tensors_keep_their_kind_in_the_state(case: Case, setting: Setting, mesh: Any) -> None:
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    plain = {name: p for name, p in Toy().named_parameters() if p.ndim > 1}
+    sharded = {n: nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for n, p in plain.items()}
+    reference = MemadviseOptimizer(plain.items(), setting, lr=case.lr, weight_decay=0.1, executor="eager")
+    optimizer = MemadviseOptimizer(sharded.items(), setting, lr=case.lr, weight_decay=0.1)
+    for number in range(2):
+        for name, p in plain.items():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(number))
+            sharded[name].grad = distribute_tensor(p.grad.clone(), mesh, [Shard(0)])
+        reference.step()
+        if setting.options.get("heads"):
+            with pytest.raises(OptimizerError, match="embed is a DTensor: adam_mini.* groups its rows"):
+                optimizer.step()
+            return
+        optimizer.step()
+    for name, p in plain.items():
+        assert all(isinstance(v, DTensor) for key, v in optimizer.state[sharded[name]].items() if key != "step")
+        torch.testing.assert_close(sharded[name].full_tensor(), p)
+
+
+def test_memory_is_known_before_the_first_step() -> None:
+    model = Toy()
+    optimizer = optimizer_for(model, Setting("slimadam", {"axes": [1]}), 1e-2)
+    records = {m.name: m for m in optimizer.memory()}
+    assert list(records) == [name for name, _ in model.named_parameters()]
+    embed, bias = records["embed"], records["bias"]
+    assert (embed.setting, embed.executor, embed.shape) == ("slimadam(axes=[1])", "chunked", (16, 12))
+    assert embed.state_bytes == 4 + 4 * 16 * 12 + 4 * 16
+    assert embed.scratch_bytes >= 4 * 16 * 12
+    assert (bias.setting, bias.executor, bias.state_bytes, bias.scratch_bytes) == ("adamw", "fused", 4 + 8 * 8, 0)
+    assert optimizer.settings()["embed"] == Setting("slimadam", {"axes": [1]})
