@@ -9,8 +9,8 @@ For a partition P of n entries in blocks b, with ``E = ||H||_F^2``, ``D = sum_i 
 
 Two estimators, both unbiased in E, D and E_P, with jackknife error bars for the ratio:
 
-* :func:`gradient_covariance`, the screen: a U-statistic over gradients of different samples,
-  ``E_P = mean over i != j of sum_b <g_ib, g_jb>^2``. It sees the Fisher (Gauss-Newton) part of the Hessian.
+* :func:`gradient_covariance`, the screen: ``E_P`` of the covariance of gradients of different samples, which
+  resembles the Fisher (Gauss-Newton) part of the Hessian. One set of gradients serves all partitions.
 * :func:`sign_pairs`, the confirmation: random signs z and, independent per block, sigma;
   ``E_P = E[ sum_b sigma_b <(Hz)_b, (H(sigma z))_b> ]``, since the expectation over sigma leaves ``<(Hz)_b, H_bb z_b>``.
 """
@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from memadvise.ledger import HessianValue
-from memadvise.probe.partitions import COLUMNS, GRADIENT_COVARIANCE, HESSIAN_VECTOR_PRODUCTS, ROWS, Partition
+from memadvise.probe.partitions import GRADIENT_COVARIANCE, HESSIAN_VECTOR_PRODUCTS, ROWS, Partition
 
-MIN_SAMPLES = 4  # fewer different gradients have no usable error bar
+MIN_SAMPLES = 6  # the statistic takes four different samples, its error bar one more; fewer are all noise
 _GRAM_BYTES = 2**24  # block-wise Gram matrices held at once
 
 
@@ -60,69 +60,142 @@ class Energies:
 def gradient_covariance(gradients: Tensor, partitions: Sequence[Partition]) -> tuple[HessianValue, ...]:
     """Scores of several partitions from gradients of different samples.
 
+    ``E_P = sum_b ||C_bb||_F^2`` for the covariance C of the gradients, without bias from the number of samples: the
+    U-statistic over four different samples (Chen, Zhang & Zhong 2010, JASA 105), computed from block-wise Gram
+    matrices. The covariance and not the second moment: the mean gradient is one direction across all blocks, hides
+    the structure the more the larger the batch, and is no part of the curvature. With it removed, single samples and
+    whole batches give the same scores. Far from convergence the covariance still reads lower than the Hessian.
+
     Args:
-        gradients: ``[samples, rows, columns]``, float32 or float64, at least :data:`MIN_SAMPLES`; scaled in place.
+        gradients: ``[samples, rows, columns]``, float32 or float64, at least :data:`MIN_SAMPLES`; overwritten.
         partitions: their labels match rows or columns.
 
-    Memory: one temporary of the size of ``gradients``, and 16 MB of block-wise Gram matrices.
+    Memory: three temporaries of the size of ``gradients``, and about 64 MB of block-wise Gram matrices.
 
     Returns:
-        One value per partition; empty if the gradients carry no off-diagonal energy (all zero, or too few).
+        One value per partition; empty if the gradients carry no off-diagonal energy (all equal, or too few).
     """
-    if gradients.shape[0] < MIN_SAMPLES:
+    count = gradients.shape[0]
+    size = gradients.abs().max().item() if gradients.numel() else 0.0
+    if count < MIN_SAMPLES or not math.isfinite(size) or size == 0:
         return ()
-    size = gradients.abs().max().item()
-    if not math.isfinite(size) or size == 0:
+    # One common factor and one common offset change nothing, but fourth powers leave float32's range, and differences
+    # of large sums its precision.
+    gradients.div_(size).sub_(gradients.mean(0))
+    spread = gradients.square().mean().sqrt().item()
+    if spread <= 1e-7:
         return ()
-    # Fourth powers of gradients leave float32's range; one common factor changes no score.
-    gradients.div_(gradients.square().mean().sqrt().clamp_min(size * 1e-6))
-    energies, whole = _block_energies(gradients, partitions)
-    squares = gradients.square().flatten(1)
-    diagonal = (squares @ squares.T).double()
-    total = whole.square()
-    return tuple(
-        value
-        for partition, blocks in zip(partitions, energies, strict=True)
-        if (value := _from_pairs(partition, gradients.shape, total, diagonal, blocks)) is not None
+    gradients.div_(spread)
+    energies, total = _block_energies(gradients, partitions)
+    diagonal = _coordinates(gradients.flatten(1)).estimates()
+    values = []
+    for partition, blocks in zip(partitions, energies, strict=True):
+        whole, *left_out = zip(total.tolist(), diagonal.tolist(), blocks.tolist(), strict=True)
+        chance = partition.chance(gradients.shape[2 - partition.axis])
+        columns = list(zip(*left_out, strict=True))
+        values.append(_value(partition.name, whole, columns, chance, GRADIENT_COVARIANCE, count))
+    return tuple(value for value in values if value is not None)
+
+
+@dataclass
+class _Sums:
+    """What the U-statistic needs of the blocks' Gram matrices A (diagonal set to 0), summed over blocks, float64.
+
+    With ``r_k = sum_j A_jk`` and ``t = sum_k r_k``: ``square[k] = sum_j A_jk^2``, ``row_square[k] = r_k^2``,
+    ``row_times[k] = sum_j r_j A_jk``, ``row_total[k] = r_k t`` and ``total_square = t^2``.
+    """
+
+    square: Tensor
+    row_square: Tensor
+    row_times: Tensor
+    row_total: Tensor
+    total_square: Tensor
+
+    @classmethod
+    def zeros(cls, count: int, like: Tensor) -> _Sums:
+        a, b, c, d = torch.zeros(4, count, dtype=torch.float64, device=like.device)
+        return cls(a, b, c, d, torch.zeros((), dtype=torch.float64, device=like.device))
+
+    def add(self, gram: Tensor) -> None:
+        """Count the blocks of ``gram``: ``[blocks, samples, samples]`` float64, diagonals 0."""
+        rows = gram.sum(1)
+        total = rows.sum(1)
+        self.square += torch.einsum("bij,bij->i", gram, gram)
+        self.row_square += rows.square().sum(0)
+        self.row_times += torch.einsum("bij,bj->i", gram, rows)
+        self.row_total += total @ rows
+        self.total_square += total.square().sum()
+
+    def estimates(self) -> Tensor:
+        """Unbiased ``sum_b ||C_bb||^2``: from all samples, then leaving out each one in turn; ``[1 + samples]``."""
+        count = len(self.square)
+        a = self.square.sum()
+        whole = _u_statistic(a, self.row_square.sum(), self.total_square, count)
+        without = _u_statistic(
+            a - 2 * self.square,
+            self.row_square.sum() - self.row_square - 2 * self.row_times + self.square,
+            self.total_square - 4 * self.row_total + 4 * self.row_square,
+            count - 1,
+        )
+        return torch.cat([whole.reshape(1), without])
+
+
+def _u_statistic(squares: Tensor, row_squares: Tensor, total_square: Tensor, n: int) -> Tensor:
+    """Mean of ``A_ij^2 - 2 A_ij A_jk + A_ij A_kl`` over different i, j, k, l."""
+    three = row_squares - squares
+    four = total_square - 4 * three - 2 * squares
+    pairs = n * (n - 1)
+    return squares / pairs - 2 * three / (pairs * (n - 2)) + four / (pairs * (n - 2) * (n - 3))
+
+
+def _coordinates(flat: Tensor) -> _Sums:
+    """The sums for blocks of one entry, whose Gram matrices ``x_i x_j`` are never formed; flat: ``[samples, n]``."""
+    squares = flat.square()
+    products = (squares @ squares.T).double()
+    rows = flat * (flat.sum(0) - flat)
+    total, weighted = rows.sum(0), (rows * flat).sum(0)
+    return _Sums(
+        square=products.sum(1) - products.diag(),
+        row_square=rows.square().sum(1, dtype=torch.float64),
+        row_times=(flat @ weighted - (rows * squares).sum(1)).double(),
+        row_total=(rows @ total).double(),
+        total_square=total.square().sum(dtype=torch.float64),
     )
 
 
 def _block_energies(gradients: Tensor, partitions: Sequence[Partition]) -> tuple[list[Tensor], Tensor]:
-    """Per partition ``sum_b <g_ib, g_jb>^2`` and the plain ``<g_i, g_j>``; all ``[samples, samples]`` float64."""
+    """:meth:`_Sums.estimates` per partition, and for the whole tensor as one block."""
     count = gradients.shape[0]
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float64, device=gradients.device)
-
-    results = [zeros(count, count) for _ in partitions]
-    whole: Tensor | None = None
-    for axis in (ROWS, COLUMNS):
+    sums = [_Sums.zeros(count, gradients) for _ in partitions]
+    whole = torch.zeros(count, count, dtype=torch.float64, device=gradients.device)
+    axes = {partition.axis for partition in partitions} or {ROWS}
+    for axis in axes:
         mine = [i for i, partition in enumerate(partitions) if partition.axis == axis]
-        if not mine and (axis == COLUMNS or any(p.axis == COLUMNS for p in partitions)):
-            continue
-        # Blocks of several lines add up their lines' Gram matrices before squaring; blocks of one line need no memory.
+        # Blocks of several lines add up their lines' Gram matrices first; blocks of one line need no memory.
         groups = {i: _groups(partitions[i].labels.to(gradients.device)) for i in mine}
-        sums = {i: zeros(groups[i][1], count, count) for i in mine}
-        added = zeros(count, count)
+        merged = {i: whole.new_zeros(groups[i][1], count, count) for i in mine}
+        added = torch.zeros_like(whole)
         lines = gradients.shape[1 + axis]
         step = max(1, _GRAM_BYTES // (8 * count * count))
         for start in range(0, lines, step):
             part = gradients.narrow(1 + axis, start, min(step, lines - start)).movedim(1 + axis, 0)
             gram = torch.bmm(part, part.transpose(1, 2)).double()
+            gram.diagonal(dim1=1, dim2=2).zero_()
             added += gram.sum(0)
             for i in mine:
                 numbers = groups[i][0][start : start + step]
                 alone = numbers < 0
                 if bool(alone.all()):
-                    results[i] += gram.square().sum(0)
+                    sums[i].add(gram)
                     continue
-                results[i] += gram[alone].square().sum(0)
-                sums[i].index_add_(0, numbers[~alone], gram[~alone])
+                sums[i].add(gram[alone])
+                merged[i].index_add_(0, numbers[~alone], gram[~alone])
         for i in mine:
-            results[i] += sums[i].square().sum(0)
-        whole = added if whole is None else whole
-    assert whole is not None
-    return results, whole
+            sums[i].add(merged[i])
+        whole = added
+    total = _Sums.zeros(count, gradients)
+    total.add(whole.unsqueeze(0))
+    return [s.estimates() for s in sums], total.estimates()
 
 
 def _groups(labels: Tensor) -> tuple[Tensor, int]:
@@ -131,21 +204,6 @@ def _groups(labels: Tensor) -> tuple[Tensor, int]:
     many = counts > 1
     numbers = torch.where(many, many.cumsum(0) - 1, torch.full_like(counts, -1))
     return numbers[inverse], int(many.sum())
-
-
-def _from_pairs(
-    partition: Partition, shape: Sequence[int], total: Tensor, diagonal: Tensor, blocks: Tensor
-) -> HessianValue | None:
-    """Means over pairs i != j; leaving sample k out drops row and column k of the pair matrices."""
-    count = shape[0]
-    sums, left_out = [], []
-    for pairs in (total, diagonal, blocks):
-        pairs = pairs - pairs.diag().diag()
-        per_sample = pairs.sum(1)
-        sums.append(per_sample.sum().item())
-        left_out.append((per_sample.sum() - 2 * per_sample).tolist())
-    chance = partition.chance(shape[2 - partition.axis])
-    return _value(partition.name, sums, left_out, chance, GRADIENT_COVARIANCE, count)
 
 
 def _value(
@@ -175,7 +233,7 @@ def sign_pairs(
         hvp: ``[rows, columns] -> [rows, columns]``, the product with the Hessian.
         like: any ``[rows, columns]`` tensor of the wanted dtype and device.
         partitions: candidates.
-        num_probes: pairs; at least :data:`MIN_SAMPLES` for an error bar.
+        num_probes: pairs; at least 4 for an error bar worth the name.
         seed: of the signs.
     """
     total, diagonal, blocks = sign_pair_energies(hvp, like, partitions, num_probes=num_probes, seed=seed)

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from memadvise.errors import MemadviseError, OptimizerError
+from memadvise.errors import MemadviseError
 from memadvise.ledger import FidelityValue, HessianValue, OptimizerRun, Parameter, ParameterProbe, ProbeLedger
 from memadvise.names import canonical_name
 from memadvise.optim.create import create_optimizer
-from memadvise.optim.registry import approximate_second_moment, default_lr_factor
+from memadvise.optim.registry import approximate_second_moment, list_methods, method_info
 from memadvise.plan.schema import Plan, Setting
 from memadvise.probe.blocks import BlockProbe
 from memadvise.probe.fidelity import Approximate, fidelity
@@ -79,7 +79,7 @@ def run_probe(
         optimizer_steps: of each method.
         lr: AdamW's, after a linear warm-up over the first tenth; other methods scale it by their default factor.
         weight_decay: of all runs.
-        betas: of all runs.
+        betas: of AdamW and its family; other methods keep their default.
         eps: of all runs.
         seed: of weights (unless the target seeds itself), dropout and the Hessian's random signs.
         hessian: whether to measure block structure.
@@ -315,7 +315,7 @@ def _run(
     used = 0
     try:
         start.restore(model)
-        optimizer = make_optimizer(model, plan, lr=lr, **hyper)
+        optimizer = make_optimizer(model, plan, lr=lr, **_hyper(method, hyper))
         timer = StepTimer(optimizer)
         train(target, model, optimizer, batches, lr=lr, log=log, loss_at={len(batches) - 1})
         used = state_bytes(optimizer)
@@ -348,7 +348,14 @@ def _name(label: str, plan: Plan | Setting) -> tuple[str, dict[str, Any]]:
 
 
 def _lr_factor(method: str) -> float:
-    try:
-        return default_lr_factor(method)
-    except OptimizerError:  # a label of the caller's own, for a plan of several methods
-        return 1.0
+    return method_info(method).default_lr_factor if method in list_methods() else 1.0
+
+
+def _hyper(method: str, hyper: Mapping[str, Any]) -> dict[str, Any]:
+    """AdamW's hyper-parameters, but a method whose betas mean something else (Lion) keeps its own."""
+    if (
+        method in list_methods()
+        and method_info(method).method.default_betas != method_info("adamw").method.default_betas
+    ):
+        return {**hyper, "betas": None}
+    return dict(hyper)
