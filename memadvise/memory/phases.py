@@ -26,6 +26,7 @@ class Phases:
         model: its module names are reported; modules outside it are reported by their class.
         on_phase: called with the new phase whenever it changes.
         on_stepped: called with the optimizer after each of its steps.
+        on_module: called with the name of the module that runs now ("" for none), whenever it changes.
     """
 
     def __init__(
@@ -33,7 +34,8 @@ class Phases:
         model: nn.Module,
         *,
         on_phase: Callable[[str], None],
-        on_stepped: Callable[[torch.optim.Optimizer], None] = lambda optimizer: None,
+        on_stepped: Callable[[torch.optim.Optimizer], None] | None = None,
+        on_module: Callable[[str], None] | None = None,
     ) -> None:
         self.phase = "setup"
         self.modules: list[str] = []
@@ -41,6 +43,7 @@ class Phases:
         self._names = {id(module): canonical_name(name) for name, module in model.named_modules()}
         self._on_phase = on_phase
         self._on_stepped = on_stepped
+        self._on_module = on_module
         self._engine_depth = 0
         self._interrupted: list[str] = []
 
@@ -91,15 +94,20 @@ class Phases:
         if name is None:  # made while running, or not a part of the model
             name = self.modules[-1] if self.modules else type(module).__name__
         self.modules.append(name)
+        if self._on_module is not None:
+            self._on_module(name)
 
     def _module_leaves(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.modules:
             self.modules.pop()
+        if self._on_module is not None:
+            self._on_module(self.modules[-1] if self.modules else "")
 
     def _optimizer_enters(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._interrupted.append("backward" if self._engine_depth else "step")
         self.enter("step")
 
     def _optimizer_leaves(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._on_stepped(optimizer)
+        if self._on_stepped is not None:
+            self._on_stepped(optimizer)
         self.enter(self._interrupted.pop() if self._interrupted else "step")

@@ -61,7 +61,7 @@ def trace_step(
         if switches.checkpoint:
             apply_checkpoint(model, switches.checkpoint)
         recorder = Recorder(session)
-        with assume_device(device), _garbage_collection_paused():
+        with assume_device(device), garbage_collection_paused():
             optimizer = make_optimizer(model)
             with recorder.recording():
                 for batch in session.batches:
@@ -139,7 +139,7 @@ def optimizer_name(optimizer: torch.optim.Optimizer, device: str) -> str:
 
 
 @contextlib.contextmanager
-def _garbage_collection_paused() -> Iterator[None]:
+def garbage_collection_paused() -> Iterator[None]:
     """Cycles are collected before, not at some moment inside."""
     gc.collect()
     enabled = gc.isenabled()
@@ -181,11 +181,30 @@ class Recorder(TorchDispatchMode):
             if parameter.requires_grad
         ]
         try:
-            with self._phases.hooked(), self:
+            with self._phases.hooked(), self._random_states_seen(), self:
                 yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+    @contextlib.contextmanager
+    def _random_states_seen(self) -> Iterator[None]:
+        """Checkpointing keeps the generator's state per module: host memory that no dispatched operation makes."""
+        if self._cuda:
+            yield
+            return
+        get_rng_state = torch.get_rng_state
+
+        def seen() -> torch.Tensor:
+            state = get_rng_state()
+            self._see(state, "torch.get_rng_state")
+            return state
+
+        torch.get_rng_state = seen
+        try:
+            yield
+        finally:
+            torch.get_rng_state = get_rng_state
 
     @contextlib.contextmanager
     def step(self, optimizer: torch.optim.Optimizer, batch: Any) -> Iterator[Any]:
@@ -213,7 +232,7 @@ class Recorder(TorchDispatchMode):
     def _label(self, tensor: torch.Tensor, kind: str, owner: str, *, on_device: bool = True) -> list[int]:
         """Say what a tensor is; its storage is entered if it existed before the recording."""
         numbers = []
-        for part in _parts(tensor):
+        for part in storage_parts(tensor):
             number = self._see(part, None, on_device=on_device)
             if number is not None:
                 storage = self.trace.storages[number]
@@ -319,13 +338,13 @@ def _on_device(args: Iterable[Any]) -> bool:
     return False
 
 
-def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def storage_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The dense tensors that hold the memory of ``tensor``."""
     if tensor.layout is torch.sparse_coo:
         yield tensor._indices()
         yield tensor._values()
     elif is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _parts(getattr(tensor, name))
+            yield from storage_parts(getattr(tensor, name))
     else:
         yield tensor
