@@ -18,7 +18,7 @@ PACKAGE = ROOT / "memadvise"
 FLOORS = (
     ("", "errors"),  # "" is the package itself, whose public names load lazily
     ("units", "names", "target"),
-    ("ledger", "plan", "roles", "switches", "hf_target"),
+    ("ledger", "layout", "dataflow", "plan", "roles", "switches", "hf_target"),
     ("optim",),
     ("memory", "report"),
     ("advise",),
