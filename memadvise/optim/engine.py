@@ -103,7 +103,14 @@ def _zeros(resolved: Resolved, p: Tensor, name: str, spec: StateSpec, executor: 
             hint="use partition: row for it",
         )
     like = p.detach().to(spec.dtype)
-    return torch.zeros_like(like.mean(axes, keepdim=True) if axes else like)
+    zeros = torch.zeros_like(like.mean(axes, keepdim=True) if axes else like)
+    placements = getattr(zeros, "placements", ())  # of a DTensor; where an axis was averaged away, every rank holds it
+    if any(placement.is_partial() for placement in placements):
+        from torch.distributed.tensor import Replicate
+
+        whole = [Replicate() if x.is_partial() else x for x in placements]
+        zeros = zeros.redistribute(placements=whole)  # type: ignore[attr-defined]
+    return zeros
 
 
 def state_problem(resolved: Resolved, state: dict[str, Any]) -> str | None:

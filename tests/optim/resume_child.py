@@ -12,7 +12,7 @@ from toy import Toy, optimizer_for, train, weights
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    for number, (case, setting) in enumerate(all_settings()):
+    for number, (_, setting) in enumerate(all_settings()):
         for dtype in (torch.float32, torch.bfloat16):
             path = folder / f"{number}-{str(dtype).removeprefix('torch.')}"
             model = Toy(seed=7).to(dtype)

@@ -184,7 +184,7 @@ def test_load_keeps_dtypes_and_values_and_copies(case: Case, setting: Setting, d
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, list[torch.Tensor]]]]:
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[torch.Tensor]]]:
     """Ten steps without a break, and a checkpoint after five continued in one fresh process."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("resume")
@@ -201,8 +201,9 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, di
     here = Path(__file__).parent
     paths = [str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(here / "resume_child.py"), str(folder)], check=True, env=environment, timeout=120)
-    yield folder, expected
+    command = [sys.executable, str(here / "resume_child.py"), str(folder)]
+    subprocess.run(command, check=True, env=environment, timeout=300)
+    return folder, expected
 
 
 @every_dtype
@@ -548,7 +549,7 @@ def test_distributed_tensors_keep_their_kind_in_the_state(case: Case, setting: S
             sharded[name].grad = distribute_tensor(p.grad.clone(), mesh, [Shard(0)])
         reference.step()
         if setting.options.get("heads"):
-            with pytest.raises(OptimizerError, match="embed is a DTensor: adam_mini.* groups its rows"):
+            with pytest.raises(OptimizerError, match=r"embed is a DTensor: adam_mini.* groups its rows"):
                 optimizer.step()
             return
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Golden checks of Adam-mini (arXiv 2406.16793): partitions, block counts of published models, and what blocks are for."""
+"""Golden checks of Adam-mini (arXiv 2406.16793): partitions, block counts of known models, what blocks are for."""
 
 from __future__ import annotations
 
@@ -96,7 +96,9 @@ def test_c4_heads_count_whatever_the_head_dimension(width: int, heads: int, head
     assert num_blocks(mini("head", heads=2), (2 * head_dim, width)) == 2  # grouped keys
 
 
-def llama(layers: int, width: int, heads: int, kv: int, inner: int, vocab: int) -> list[tuple[tuple[int, ...], Setting]]:
+def llama(
+    layers: int, width: int, heads: int, kv: int, inner: int, vocab: int
+) -> list[tuple[tuple[int, ...], Setting]]:
     """Shapes of a Llama with the partition of the paper; norms as scalars, as the official code has them."""
     head_dim = width // heads
     norm, row = ((width,), mini("whole")), mini("row")
@@ -175,7 +177,8 @@ def test_c6_three_block_quadratic(seed: int) -> None:
         results = []
         for lr in (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3):
             p = nn.Parameter(start.clone())
-            optimizer = (AdamMini if setting == "rows" else AdamW)([p], lr=lr, betas=(0.0, 0.999), eps=0.0, weight_decay=0.0)
+            make = AdamMini if setting == "rows" else AdamW
+            optimizer = make([p], lr=lr, betas=(0.0, 0.999), eps=0.0, weight_decay=0.0)
             for number in range(300):
                 optimizer.zero_grad()
                 loss(p).backward()

@@ -17,7 +17,9 @@ from memadvise.optim.optimizer import MemadviseOptimizer
 from memadvise.optim.registry import DENSE, METHODS, fitted, problems_of, state_bytes, state_specs
 from memadvise.plan.schema import Setting
 
-SHAPES = [(), (1,), (7,), (5, 1), (1, 5), (4, 3, 3, 3), (64, 48), (48, 64), (4097,), (128, 100), (3, 8, 5), (0, 4), (4, 0)]
+SHAPES = [
+    (), (1,), (7,), (4097,), (5, 1), (1, 5), (64, 48), (48, 64), (128, 100), (3, 8, 5), (4, 3, 3, 3), (0, 4), (4, 0),
+]  # fmt: skip
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -68,8 +70,8 @@ def test_dense_is_what_torch_keeps() -> None:
 
 def test_the_table_says_what_a_method_costs() -> None:
     for info in METHODS:
-        assert info.bytes_per_parameter.startswith(f"{state_specs_bytes_of_a_parameter(info.name)} bytes a parameter")
+        assert info.bytes_per_parameter.startswith(f"{_bytes_of_a_parameter(info.name)} bytes a parameter")
 
 
-def state_specs_bytes_of_a_parameter(method: str) -> int:
+def _bytes_of_a_parameter(method: str) -> int:
     return round(state_bytes(Setting(method), (2000, 2000)) / 2000**2)

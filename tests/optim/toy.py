@@ -1,4 +1,4 @@
-"""A model with every kind of parameter: scalar, vectors, matrices, an embedding, a convolution, an expert stack."""
+"""A small model with a scalar, a vector, an embedding, matrices and a convolution."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from memadvise.optim.executors.work import Work
 from memadvise.optim.method import Hyper, Shape, compute_dtype
@@ -25,11 +26,18 @@ def _step_one(work: Work, h: Hyper) -> None:
         sums = method.stats(g, options, small=small, round_=round_) if method.rounds(options) else {}
         small, factors = method.finish(sums, work.factors(), small, h, work.shape, options, round_)
         for name, value in factors.items():
-            work.state[name].copy_(value)
+            _store(work.state[name], value)
     p, elementwise = method.apply(p, g, work.elementwise(), small, h, options)
-    work.p.copy_(p)
+    _store(work.p, p)
     for name, value in elementwise.items():
-        work.state[name].copy_(value)
+        _store(work.state[name], value)
+
+
+def _store(target: Tensor, value: Tensor) -> None:
+    placements = getattr(target, "placements", None)
+    if placements is not None:  # a DTensor: what it computed may be sharded in another way
+        value = value.redistribute(placements=placements)  # type: ignore[attr-defined]
+    target.copy_(value)
 
 
 def scratch_bytes(shape: Shape, dtype: torch.dtype) -> int:

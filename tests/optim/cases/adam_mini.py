@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import math
 
-from cases import Case
 from reference import adam
 
+from cases import Case
 from memadvise.optim import AdamMini
 from memadvise.plan.schema import Setting
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import math
 
-from cases import Case
 from reference import first_order
 
+from cases import Case
 from memadvise.optim import Lion
 from memadvise.plan.schema import Setting
 

@@ -1,4 +1,4 @@
-"""Adam with one second moment a block (arXiv 2406.16793 Alg. 1, 2503.01843), AdamW where every block has one element."""
+"""Adam with one second moment a block (arXiv 2406.16793 Alg. 1, 2503.01843), AdamW where a block is one element."""
 
 from __future__ import annotations
 
