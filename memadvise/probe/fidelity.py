@@ -19,7 +19,7 @@ from memadvise.optim.registry import approximate_second_moment
 from memadvise.plan.schema import Setting
 
 Approximate = Callable[[Setting, Tensor], "Tensor | None"]
-_CHUNK = 2**20  # elements in float64 at a time; about six such temporaries live at once (50 MB)
+_CHUNK = 2**16  # elements in float64 at a time: half a MB, so that the few temporaries stay in the cache
 
 
 def fidelity(
@@ -44,40 +44,33 @@ def fidelity(
             being different from Adam says nothing about them.
         approximate: ``(setting, v) -> v`` as the method would hold it, expanded to v's shape.
 
-    Memory: what ``approximate`` returns (an expanded view for block means) and a constant 50 MB.
+    Memory: what ``approximate`` returns (expanded views for block means), and chunks of a few MB.
     """
-    result = []
-    for setting in settings:
-        candidate = approximate(setting, v)
-        if candidate is not None:
-            error, cosine = _compare(m, v, candidate, 1 - betas[0] ** step, 1 - betas[1] ** step, eps)
-            result.append(FidelityValue(setting.key, error, cosine))
-    return result
-
-
-def _compare(m: Tensor, v: Tensor, candidate: Tensor, bias1: float, bias2: float, eps: float) -> tuple[float, float]:
-    """``(abs_d1, 1 - cosine)``, summed in float64 over chunks of the first axis."""
-    sums = torch.zeros(4, dtype=torch.float64, device=v.device)
+    held = [(setting, candidate) for setting in settings if (candidate := approximate(setting, v)) is not None]
+    bias1, bias2 = 1 - betas[0] ** step, 1 - betas[1] ** step
+    sums = torch.zeros(len(held), 3, dtype=torch.float64, device=v.device)
+    norm = torch.zeros((), dtype=torch.float64, device=v.device)
     for start, stop in row_chunks(v, _CHUNK):
-        parts = (m, v, candidate) if v.ndim == 0 else (m[start:stop], v[start:stop], candidate[start:stop])
-        first, root, other = (part.to(torch.float64) for part in parts)
-        root = (root / bias2).sqrt()
-        other = (other / bias2).sqrt()
-        update = first / bias1 / (root + eps)
-        compressed = first / bias1 / (other + eps)
-        difference = compressed - update
-        sums += torch.stack(
-            [
-                (difference * difference * root).sum(),
-                (update * compressed).sum(),
-                (update * update).sum(),
-                (compressed * compressed).sum(),
-            ]
-        )
-    error, dot, norm, norm_compressed = sums.tolist()
-    scale = math.sqrt(norm) * math.sqrt(norm_compressed)
-    # Equal updates are exactly equal, whatever the rounding of the three sums says.
-    return error / 2, max(0.0, 1 - dot / scale) if scale > 0 and error > 0 else 0.0
+
+        def part(tensor: Tensor, start: int = start, stop: int = stop) -> Tensor:
+            return (tensor[start:stop] if tensor.ndim else tensor).to(torch.float64)
+
+        m_hat, root = part(m) / bias1, (part(v) / bias2).sqrt()
+        update = m_hat / (root + eps)
+        norm += update.square().sum()
+        for row, (_, candidate) in zip(sums, held, strict=True):
+            compressed = m_hat / ((part(candidate) / bias2).sqrt() + eps)
+            difference = compressed - update
+            row[0] += (difference.square() * root).sum()
+            row[1] += (update * compressed).sum()
+            row[2] += compressed.square().sum()
+    result = []
+    for (setting, _), (error, dot, norm_compressed) in zip(held, sums.tolist(), strict=True):
+        scale = math.sqrt(norm.item() * norm_compressed)
+        # Equal updates are exactly equal, whatever the rounding of the three sums says.
+        cosine = dot / scale if scale > 0 and error > 0 else 1.0
+        result.append(FidelityValue(setting.key, error / 2, max(0.0, 1 - cosine)))
+    return result
 
 
 def row_chunks(tensor: Tensor, limit: int) -> list[tuple[int, int]]:

@@ -29,6 +29,7 @@ from memadvise.probe.partitions import GRADIENT_COVARIANCE, HESSIAN_VECTOR_PRODU
 
 MIN_SAMPLES = 6  # the statistic takes four different samples, its error bar one more; fewer are all noise
 _GRAM_BYTES = 2**24  # block-wise Gram matrices held at once
+_COORDINATES = 2**12  # entries of all samples at a time, so that they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -150,17 +151,18 @@ def _u_statistic(squares: Tensor, row_squares: Tensor, total_square: Tensor, n: 
 
 def _coordinates(flat: Tensor) -> _Sums:
     """The sums for blocks of one entry, whose Gram matrices ``x_i x_j`` are never formed; flat: ``[samples, n]``."""
-    squares = flat.square()
-    products = (squares @ squares.T).double()
-    rows = flat * (flat.sum(0) - flat)
-    total, weighted = rows.sum(0), (rows * flat).sum(0)
-    return _Sums(
-        square=products.sum(1) - products.diag(),
-        row_square=rows.square().sum(1, dtype=torch.float64),
-        row_times=(flat @ weighted - (rows * squares).sum(1)).double(),
-        row_total=(rows @ total).double(),
-        total_square=total.square().sum(dtype=torch.float64),
-    )
+    sums = _Sums.zeros(len(flat), flat)
+    for x in flat.split(_COORDINATES, dim=1):
+        squares = x.square()
+        products = squares @ squares.T
+        rows = x * (x.sum(0) - x)
+        total, weighted = rows.sum(0), (rows * x).sum(0)
+        sums.square += products.sum(1) - products.diag()
+        sums.row_square += rows.square().sum(1)
+        sums.row_times += x @ weighted - (rows * squares).sum(1)
+        sums.row_total += rows @ total
+        sums.total_square += total.square().sum()
+    return sums
 
 
 def _block_energies(gradients: Tensor, partitions: Sequence[Partition]) -> tuple[list[Tensor], Tensor]:
@@ -178,7 +180,7 @@ def _block_energies(gradients: Tensor, partitions: Sequence[Partition]) -> tuple
         lines = gradients.shape[1 + axis]
         step = max(1, _GRAM_BYTES // (8 * count * count))
         for start in range(0, lines, step):
-            part = gradients.narrow(1 + axis, start, min(step, lines - start)).movedim(1 + axis, 0)
+            part = gradients.narrow(1 + axis, start, min(step, lines - start)).movedim(1 + axis, 0).contiguous()
             gram = torch.bmm(part, part.transpose(1, 2)).double()
             gram.diagonal(dim1=1, dim2=2).zero_()
             added += gram.sum(0)
