@@ -1,4 +1,4 @@
-"""Attention as CUDA runs it, on fake CPU tensors: which kernel, what it saves, what scratch it takes.
+"""Attention as CUDA runs it, on fake CPU tensors: which kernel, and what it saves.
 
 The choice follows torch's own (``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``) on devices of compute
 capability 8.0 and later: flash, else memory-efficient, else math.
@@ -101,30 +101,3 @@ def cuda_attention(
     return _aten._scaled_dot_product_attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
     )[0]
-
-
-def _flash_backward_scratch(args: tuple[Any, ...]) -> list[int]:
-    """FlashAttention-2: the fp32 accumulator of dq, the row sums, and dk, dv per query head when queries are grouped."""
-    query, key = args[1], args[2]
-    batch, heads, length, head_dim = query.shape
-    rows = -(-length // 128) * 128
-    columns = -(-head_dim // 32) * 32 if head_dim <= 192 else 256
-    scratch = [4 * batch * rows * heads * columns, 4 * batch * heads * rows]
-    if key.shape[1] != heads:
-        scratch += [query.element_size() * batch * key.shape[2] * heads * head_dim] * 2
-    return scratch
-
-
-def _efficient_backward_scratch(args: tuple[Any, ...]) -> list[int]:
-    """The row sums in fp32, and the fp32 accumulator of dq when the output is narrower."""
-    query = args[1]
-    batch, heads, length, head_dim = query.shape
-    rows = 4 * batch * heads * length
-    return [rows] if query.dtype is torch.float32 else [rows, rows * head_dim]
-
-
-# Memory that CUDA kernels take from the allocator without going through the dispatcher, by operation.
-KERNEL_SCRATCH = {
-    _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward_scratch,
-    _aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward_scratch,
-}

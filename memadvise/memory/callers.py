@@ -10,6 +10,7 @@ from functools import lru_cache
 import memadvise
 
 _MAX_FRAMES = 80
+_OUTERMOST = "trace_step"  # who calls it is not part of the traced program
 _OURS = os.path.dirname(os.path.abspath(memadvise.__file__)) + os.sep
 _STDLIB = tuple({os.path.abspath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib")})
 
@@ -40,7 +41,7 @@ def user_line(*, below: str | None = None) -> str | None:
             return f"{_shown(path)}:{frame.f_lineno}"
         if below is not None and below in path:
             return None
-        if frame.f_back is None:
+        if frame.f_back is None or frame.f_code.co_name == _OUTERMOST and path.startswith(_OURS):
             return None
         frame = frame.f_back
     return None

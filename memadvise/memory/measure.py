@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
 from memadvise.ledger import MemoryLedger
+from memadvise.memory.allocator_log import MEMORY, AllocatorLog, allocator_log
 from memadvise.memory.events import Storage, Trace
 from memadvise.memory.phases import Phases
 from memadvise.memory.replay import build_ledger
@@ -62,9 +63,9 @@ def measure_cpu(
         made = (optimizer or default_optimizer)(model)
         train_step(target, model, batches[0], made, micro_batches=switches.micro_batches)
         reader = _Reader(model, made, batches[1])
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, reader.marking():
+        with allocator_log() as log, reader.marking():
             train_step(target, model, batches[1], made, micro_batches=switches.micro_batches)
-        trace = reader.read(profiler.profiler.kineto_results.experimental_event_tree())
+        trace = reader.read(log)
     trace.assumptions.append("Measured: torch's CPU allocator, step 2 of 2; exact bytes.")
     return build_ledger(trace, source="measure", optimizer=trace.optimizer, switches=switches)
 
@@ -102,16 +103,15 @@ class _Reader:
         """A context in which phases, modules and gradients leave marks among the profiler's events."""
         return _marks(self._model, self._owners)
 
-    def read(self, tree: Any) -> Trace:
-        """The trace of the profiled step."""
+    def read(self, log: AllocatorLog) -> Trace:
+        """The trace of the logged step."""
         trace = self._trace
-        nodes = sorted(_walk(tree), key=lambda node: node.start_time_ns)
-        self._add_strangers(nodes)
+        self._add_strangers(log.nodes)
         trace.start = len(trace.events)
         phase, module = "forward", ""
         trace.mark(phase)
         origins: dict[int, str] = {}
-        for node in nodes:
+        for node in log.nodes:
             name = node.name
             if name.startswith(_MARK):
                 what, _, value = name.removeprefix(_MARK).partition("=")
@@ -123,7 +123,7 @@ class _Reader:
                 else:  # gradient=ADDRESS:OWNER
                     address, _, owner = value.partition(":")
                     self._rename(int(address), "gradients", owner)
-            elif name == "[memory]":
+            elif name == MEMORY:
                 origin = module or _origin(node, origins, phase)
                 self._allocate(node, phase, origin, recomputing=phase == "backward" and module != "")
             elif phase == "forward":
@@ -143,7 +143,7 @@ class _Reader:
         """What is freed during the step without having been allocated in it was alive before, whatever it is."""
         known = set(self._alive)
         for node in nodes:
-            if node.name == "[memory]":
+            if node.name == MEMORY:
                 size, address = node.extra_fields.alloc_size, node.extra_fields.ptr
                 if size > 0:
                     known.add(address)
@@ -194,14 +194,6 @@ def _marks(model: nn.Module, owners: dict[torch.Tensor, str]) -> Any:
                 hook.remove()
 
     return marking()
-
-
-def _walk(nodes: Any) -> Iterator[Any]:
-    stack = list(reversed(nodes))
-    while stack:
-        node = stack.pop()
-        yield node
-        stack.extend(reversed(node.children))
 
 
 def _operation(node: Any) -> str:

@@ -50,9 +50,7 @@ class Semantics:
     def assumptions(self) -> list[str]:
         """One sentence for each."""
         if self.device == "cpu":
-            return [
-                "Sizes are exact bytes as on the CPU; scratch memory inside kernels is not known and not counted.",
-            ]
+            return []
         said = [
             "Sizes are rounded up to 512 bytes, as the CUDA caching allocator does.",
             "Not counted: the CUDA context, cuBLAS and cuDNN workspaces, and memory the allocator reserves but does "

@@ -18,10 +18,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-from memadvise.memory.attention import KERNEL_SCRATCH
 from memadvise.memory.callers import user_line
 from memadvise.memory.events import Storage, Trace
 from memadvise.memory.phases import Phases
+from memadvise.memory.scratch import KernelScratch
 from memadvise.memory.session import FakeSession, fake_session, map_tensors, tensors_of
 from memadvise.names import canonical_name
 from memadvise.optim.method import assume_device
@@ -72,6 +72,7 @@ def trace_step(
         trace.optimizer = optimizer_name(optimizer, device)
         trace.assumptions += [
             *session.semantics.assumptions(),
+            *recorder.scratch.assumptions(),
             f"Optimizer: {trace.optimizer}.",
             f"The steady state: step {_NUM_STEPS} of {_NUM_STEPS} traced.",
         ]
@@ -159,6 +160,7 @@ class Recorder(TorchDispatchMode):
         semantics = session.semantics
         self.trace = Trace(device=semantics.device, granularity=semantics.granularity)
         self._cuda = semantics.device == "cuda"
+        self.scratch = KernelScratch(semantics.device)
         self._model = session.model
         self._phases = Phases(session.model, on_phase=self.trace.mark, on_stepped=self._label_state)
         self._owners: dict[torch.Tensor, str] = {}
@@ -257,8 +259,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:
             return args[0].fake_device if type(args[0]) is FakeTensor else func(*args)
-        scratch = KERNEL_SCRATCH.get(func) if self._cuda else None
-        taken = [self._take_scratch(func, size) for size in scratch(args)] if scratch is not None else ()
+        taken = [self._take_scratch(func, size) for size in self.scratch(func, args, kwargs)]
         out = func(*args, **kwargs) if kwargs else func(*args)
         if isinstance(out, torch.Tensor):
             self._see(out, func, args)
