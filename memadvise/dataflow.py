@@ -13,11 +13,12 @@ real tensors and for fake ones, and for every library. Roles are given where the
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from memadvise.flows import Flow, metadata, moved, shape_of, through
 from memadvise.layout import Layout, runs
 from memadvise.ledger import Segment
 
@@ -35,11 +36,6 @@ _ACTIVATIONS = (
     "EluBackward0", "CeluBackward0", "HardtanhBackward0", "HardswishBackward0", "HardsigmoidBackward0", "MishBackward0",
     "SoftplusBackward0", "PreluKernelBackward0", "ThresholdBackward0", "GluBackward0", "ErfBackward0",
     "LogSigmoidBackward0",
-)  # fmt: skip
-# What divides by a norm reads every feature but carries none of them.
-_REDUCTIONS = (
-    "MeanBackward", "SumBackward", "VarBackward", "VarMeanBackward", "StdBackward", "LinalgVectorNormBackward",
-    "NormBackward", "AmaxBackward", "MaxBackward",
 )  # fmt: skip
 _WEIGHT_VIEWS = (
     "TBackward0", "TransposeBackward0", "PermuteBackward0", "ToCopyBackward0", "CloneBackward0", "AliasBackward0",
@@ -90,22 +86,6 @@ class _Claim:
     head_dim: int
     exact: bool
     by_head: bool  # heads are consecutive rows
-
-
-@dataclass(frozen=True)
-class _Flow:
-    """Features of one source in one tensor: as laid out, or (``rest``) somewhere in it."""
-
-    layout: Layout | None
-    rest: int = 0
-    exact: bool = True
-
-    @property
-    def mask(self) -> int:
-        return self.rest | (self.layout.mask if self.layout else 0)
-
-    def opaque(self, exact: bool = True) -> _Flow:
-        return _Flow(None, self.mask, self.exact and exact)
 
 
 @dataclass(frozen=True)
@@ -166,7 +146,7 @@ class _Graph:
             query, key, value = scores.next_functions[left], scores.next_functions[right], inputs[second]
         if any(entry[0] is None for entry in (query, key, value)):
             return None
-        head_dim, value_dim = _shape(*query)[-1], _shape(*value)[-1]
+        head_dim, value_dim = shape_of(*query)[-1], shape_of(*value)[-1]
         return _Attention(
             (
                 ("attention_query", *query, head_dim),
@@ -210,7 +190,7 @@ class _Graph:
         through = frozenset().union(*(s.through for s in inputs))
         residual = any(s.residual for s in inputs)
         # Sums of scalars are those of losses.
-        if name in _SUMS and len({s.nodes for s in inputs}) > 1 and len(_shape(node)) > 1:
+        if name in _SUMS and len({s.nodes for s in inputs}) > 1 and len(shape_of(node)) > 1:
             residual = True
             for branch in inputs:
                 if not branch.residual:
@@ -253,9 +233,17 @@ class _Graph:
                 finding = replace(finding, role=role, heads=heads)
             found[leaf] = finding
         for node in self.order:
+            found.update(self._looked_up(node, uses))
             found.update(self._first_convolution(node))
             found.update(self._position_table(node, found))
         return found
+
+    def _looked_up(self, node: Any, uses: Mapping[int, list[_Weight]]) -> dict[int, Finding]:
+        """A table ``[entries, width]``, and whether it is multiplied with activations too."""
+        leaf = _leaf(node.next_functions[0][0]) if node.name() in _EMBEDDINGS else None
+        if leaf is None:
+            return {}
+        return {id(leaf): Finding("tied_embedding" if uses.get(id(leaf)) else "token_embedding", (1,), (0,))}
 
     def _attention_claims(self, node: Any) -> Iterable[tuple[int, _Claim]]:
         for role, producer, number, head_dim in self.attentions[node].inputs:
@@ -327,7 +315,7 @@ class _Graph:
             sources = self.sources.get(data[0])
             if leaf is None or sources is None or leaf.ndim < 2 or id(leaf) in found:
                 continue
-            width = _shape(*data)[-1:]
+            width = shape_of(*data)[-1:]
             if sum(size > 1 for size in leaf.shape) == 2 and leaf.shape[-1:] == width and leaf.shape[-2] > 1:
                 axes = (leaf.ndim - 1,), (leaf.ndim - 2,)
                 if not any(source in self.matmuls and not self.matmuls[source].weight for source in sources.nodes):
@@ -336,7 +324,7 @@ class _Graph:
 
     # ------------------------------------------------------------ features through views
 
-    def _flows(self, node: Any, number: int) -> dict[Any, _Flow]:
+    def _flows(self, node: Any, number: int) -> dict[Any, Flow]:
         """Source -> its features, for output ``number`` of ``node``, up to the nearest matmuls and convolutions."""
         region, waiting = set(), [node]
         while waiting:
@@ -346,16 +334,16 @@ class _Graph:
             region.add(current)
             if not self._is_source(current):
                 waiting.extend(entry[0] for entry in current.next_functions)
-        flows: dict[tuple[Any, int], dict[Any, _Flow]] = {}
+        flows: dict[tuple[Any, int], dict[Any, Flow]] = {}
         for current in sorted(region, key=self.position.__getitem__):
             if self._is_source(current):
                 matmul = self.matmuls.get(current)
-                layout = Layout.of_features(_shape(current, 0), matmul.axis) if matmul else None
-                flows[current, 0] = {current: _Flow(layout, 0, matmul is not None)}
+                layout = Layout.of_features(shape_of(current, 0), matmul.axis) if matmul else None
+                flows[current, 0] = {current: Flow(layout, 0, matmul is not None)}
                 continue
             inputs = [flows.get(entry, {}) for entry in current.next_functions]
-            for output in range(len(_metadata(current))):
-                flows[current, output] = _through(current, output, inputs)
+            for output in range(len(metadata(current))):
+                flows[current, output] = through(current, output, inputs)
         return flows.get((node, number), {})
 
     def _is_source(self, node: Any) -> bool:
@@ -411,29 +399,6 @@ def _producers_first(root: Any) -> list[Any]:
     return order
 
 
-def _metadata(node: Any) -> Any:
-    return getattr(node, "_input_metadata", None) or ()
-
-
-def _shape(node: Any, number: int = 0) -> tuple[int, ...]:
-    """The shape of a node's output (autograd speaks of it as the input of the backward function)."""
-    if hasattr(node, "variable"):
-        return tuple(node.variable.shape)
-    metadata = _metadata(node)
-    return tuple(metadata[number].shape) if number < len(metadata) else ()
-
-
-def _saved(node: Any, name: str, default: int = 0) -> int:
-    value = getattr(node, f"_saved_{name}", None)
-    if value is None:
-        return default
-    return _signed(int(value))
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value  # autograd shows negative dimensions as unsigned
-
-
 def _leaf(node: Any, through: tuple[str, ...] = ("ToCopyBackward0",)) -> torch.Tensor | None:
     while node is not None and node.name() in through:
         node = node.next_functions[0][0]
@@ -467,9 +432,9 @@ def _weight(node: Any, number: int, *, into: int) -> _Weight | None:
     leaf = getattr(node, "variable", None)
     if leaf is None or leaf.ndim != 2:
         return None
-    flows = [_Flow(Layout.of_features(leaf.shape, axis)) for axis in (0, 1)]
+    flows = [Flow(Layout.of_features(leaf.shape, axis)) for axis in (0, 1)]
     for step, output in reversed(chain):
-        flows = [_moved(step, step.name(), output, flow, _shape(step, output)) for flow in flows]
+        flows = [moved(step, step.name(), output, flow, shape_of(step, output)) for flow in flows]
     layouts = [flow.layout for flow in flows if flow.layout is not None]
     out = -3 - into
     for axis, layout in enumerate(layouts if len(layouts) == 2 else []):
@@ -479,94 +444,3 @@ def _weight(node: Any, number: int, *, into: int) -> _Weight | None:
             fan_out = axis if outwards else 1 - axis
             return _Weight(leaf, 1 - fan_out, fan_out, layouts[fan_out].offset, layouts[fan_out].shape[out])
     return None
-
-
-def _dims(node: Any) -> list[int]:
-    return [_signed(d) for d in node._saved_dims]
-
-
-def _cut(node: Any, number: int) -> tuple[int, int, int, int]:
-    """(axis, start, stop, step) of a split's output or a slice."""
-    axis = _saved(node, "dim")
-    size = _shape(*node.next_functions[0])[axis]
-    if node.name() == "SliceBackward0":
-        start, stop = _saved(node, "start"), _saved(node, "end", size)
-        start, stop = (value + size if value < 0 else min(value, size) for value in (start, stop))
-        return axis, start, stop, _saved(node, "step", 1)
-    before = sum(_shape(node, earlier)[axis] for earlier in range(number))
-    return axis, before, before + _shape(node, number)[axis], 1
-
-
-def _through(node: Any, number: int, inputs: list[dict[Any, _Flow]]) -> dict[Any, _Flow]:
-    """The flows of output ``number`` of an operation, from those of its inputs."""
-    name, shape = node.name(), _shape(node, number)
-    if name.startswith(_REDUCTIONS):
-        return {}
-    if name in ("CatBackward0", "StackBackward0"):
-        return _concatenated(node, inputs)
-    if len(inputs) == 1 or not any(inputs[1:]):
-        return {source: _moved(node, name, number, flow, shape) for source, flow in inputs[0].items()}
-    joined: dict[Any, _Flow] = {}
-    for flows in inputs:
-        for source, flow in flows.items():
-            layout = flow.layout.expand(shape) if flow.layout else None
-            flow = _Flow(layout, flow.rest, flow.exact) if layout else flow.opaque()
-            joined[source] = _union(joined[source], flow) if source in joined else flow
-    return joined
-
-
-def _union(one: _Flow, other: _Flow) -> _Flow:
-    layout = one.layout or other.layout
-    known = layout.mask if layout else 0
-    return _Flow(layout, (one.mask | other.mask) & ~known, one.exact and other.exact)
-
-
-def _moved(node: Any, name: str, number: int, flow: _Flow, shape: tuple[int, ...]) -> _Flow:
-    cuts = name in ("SliceBackward0", "SelectBackward0", "UnbindBackward0", "IndexBackward0") or name.startswith(
-        "Split"
-    )
-    if flow.layout is None or flow.rest:
-        # Which part of the unknown is cut off is unknown too; everything else only rearranges it.
-        return flow.opaque(exact=not cuts)
-    layout: Layout | None = flow.layout
-    assert layout is not None
-    axis = _saved(node, "dim") if hasattr(node, "_saved_dim") and not isinstance(node._saved_dim, tuple) else 0
-    if name == "TransposeBackward0":
-        layout = layout.transpose(_saved(node, "dim0"), _saved(node, "dim1"))
-    elif name == "TBackward0":
-        layout = layout.transpose(0, 1)
-    elif name == "PermuteBackward0":
-        layout = layout.permute(_dims(node))
-    elif name == "SelectBackward0":
-        layout = layout.select(axis, _saved(node, "index"))
-    elif name == "UnbindBackward0":
-        layout = layout.select(axis, number)
-    elif name.startswith("Split") or name == "SliceBackward0":
-        axis, start, stop, step = _cut(node, number)
-        layout = layout.narrow(axis, start, stop, step)
-    elif name == "ExpandBackward0":
-        layout = layout.expand(shape)
-    elif layout.shape != shape:
-        layout = layout.view(shape) if _is_view(name) else None
-    if layout is not None and layout.shape != shape:
-        layout = None
-    return _Flow(layout, 0, flow.exact) if layout is not None else flow.opaque(exact=not cuts)
-
-
-def _is_view(name: str) -> bool:
-    return name.startswith(("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze")) and "Complex" not in name
-
-
-def _concatenated(node: Any, inputs: list[dict[Any, _Flow]]) -> dict[Any, _Flow]:
-    axis, joined = _saved(node, "dim"), {}
-    for source in {source for flows in inputs for source in flows}:
-        parts = [flows[source] for flows in inputs if source in flows]
-        layout = parts[0].layout if len(parts) == len(inputs) and node.name() == "CatBackward0" else None
-        for part in parts[1:]:
-            layout = layout.followed_by(part.layout, axis) if layout and part.layout and not part.rest else None
-        mask = 0
-        for part in parts:
-            mask |= part.mask
-        known = layout.mask if layout else 0
-        joined[source] = _Flow(layout, mask & ~known, all(part.exact for part in parts))
-    return joined

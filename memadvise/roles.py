@@ -113,7 +113,7 @@ def _combined(static: Finding, finding: Finding, frozen: bool) -> Finding:
     """The module's word, refined by the graph's where the module leaves the use open."""
     if static.role in {"linear", "unknown"}:
         return finding
-    if static.role in _TABLE_ROLES and finding.role in {"head", "linear"}:
+    if static.role in _TABLE_ROLES and finding.role == "tied_embedding":
         return replace(static, role="tied_embedding")  # F.linear(x, embedding.weight)
     if static.role == "conv" and finding.role == "patch_embedding" and not frozen:
         # Behind a frozen layer, too, a convolution's input needs no gradient; that is not the image.
@@ -169,7 +169,7 @@ def _attention_static(tensor: torch.Tensor, module: nn.MultiheadAttention, attri
 
 
 def _is_conv1d(module: Any) -> bool:
-    """Whether it is the ``Conv1D`` of transformers, a linear layer with weight [in, out]; without importing transformers for it."""
+    """Whether it is transformers' linear layer with weight [in, out]; transformers is not imported to find out."""
     utils = sys.modules.get("transformers.pytorch_utils")
     return utils is not None and isinstance(module, utils.Conv1D)
 

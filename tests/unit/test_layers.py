@@ -18,7 +18,7 @@ PACKAGE = ROOT / "memadvise"
 FLOORS = (
     ("", "errors"),  # "" is the package itself, whose public names load lazily
     ("units", "names", "target"),
-    ("ledger", "layout", "dataflow", "plan", "roles", "switches", "hf_target"),
+    ("ledger", "layout", "flows", "dataflow", "plan", "roles", "switches", "hf_target"),
     ("optim",),
     ("memory", "report"),
     ("advise",),
@@ -182,22 +182,26 @@ def test_the_parser_sees_what_it_should(tmp_path: Path, monkeypatch: pytest.Monk
     assert seen.get("memadvise.cli.app", seen.get("memadvise.cli")) == (True, False)
 
 
-def imported_by(*command: str) -> tuple[str, set[str]]:
-    run = subprocess.run([sys.executable, "-X", "importtime", *command], cwd=ROOT, capture_output=True, text=True)
+REPORT = "import atexit, sys; atexit.register(lambda: print('MODULES', *sys.modules, file=sys.stderr)); "
+
+
+def imported_by(code: str, *arguments: str) -> tuple[str, set[str]]:
+    """(stdout, names of all modules loaded at the end) of a fresh interpreter."""
+    command = [sys.executable, "-c", REPORT + code, *arguments]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
-    lines = [line for line in run.stderr.splitlines() if line.startswith("import time:")]
-    return run.stdout, {line.rpartition("|")[2].strip() for line in lines}
+    return run.stdout, set(run.stderr.rpartition("MODULES ")[2].split())
 
 
 @pytest.mark.parametrize("command", [("--help",), ("--version",), ("scan", "--help"), ("recommend", "--help")])
 def test_help_does_not_import_torch(command: tuple[str, ...]) -> None:
-    stdout, modules = imported_by("-m", "memadvise", *command)
+    stdout, modules = imported_by("import runpy; runpy.run_module('memadvise', run_name='__main__')", *command)
     assert stdout.strip()
     assert "memadvise.cli.app" in modules or "typer" in modules  # the instrument works
     assert "torch" not in modules
 
 
 def test_importing_the_package_does_not_import_torch() -> None:
-    _, modules = imported_by("-c", "import memadvise; memadvise.Target; memadvise.load_target; memadvise.load_plan")
+    _, modules = imported_by("import memadvise as m; m.Target, m.load_target, m.load_plan, m.split_batch")
     assert "memadvise.target" in modules
     assert "torch" not in modules
