@@ -106,6 +106,13 @@ class Options:
     """Base of a method's options: frozen, validated in ``__post_init__`` with :class:`OptionProblem`."""
 
 
+def broadcast_part(tensor: Tensor, box: Box) -> Tensor:
+    """The part of ``tensor`` that meets ``box``: axes of size 1, and tensors of another rank, are taken whole."""
+    if tensor.ndim != len(box):
+        return tensor
+    return tensor[tuple(part if size > 1 else slice(None) for part, size in zip(box, tensor.shape, strict=True))]
+
+
 def is_int(value: Any) -> bool:
     """An int that is not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
@@ -125,6 +132,9 @@ class Method(ABC):
     default_weight_decay: ClassVar[float] = 0.01
     lr_factor: ClassVar[float] = 1.0
     matrix_only: ClassVar[bool] = False  # as a default for a whole model, 0-D and 1-D tensors keep dense AdamW state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Method:
+        return self  # stateless: the copy of an optimizer uses the same method
 
     def check(self, shape: Shape, options: Any) -> None:  # noqa: B027 - nothing to check is a valid answer
         """Raise :class:`OptionProblem` if ``options`` do not fit a parameter of ``shape``."""
@@ -167,9 +177,7 @@ class Method(ABC):
 
     def take(self, key: str, tensor: Tensor, box: Box) -> Tensor:
         """The part of a factor-sized ``tensor`` that belongs to ``box``; by default it broadcasts with the box."""
-        if tensor.ndim != len(box):
-            return tensor
-        return tensor[tuple(part if size > 1 else slice(None) for part, size in zip(box, tensor.shape, strict=True))]
+        return broadcast_part(tensor, box)
 
     def second_moment(self, v: Tensor, options: Any) -> Tensor | None:
         """What this method would hold in place of the dense second moment ``v``, expanded; None if it holds none."""

@@ -66,5 +66,5 @@ APPLY: dict[str, Apply] = {
 def stats(method: Method, g: Tensor, options: Any, small: Tensors, round_: int, temp: Tensor) -> Tensors:
     """``method.stats`` with its box-sized temporary in ``temp``."""
     if isinstance(method, BlockMeanAdam):
-        return {"sum_squares": method.blocks(tuple(g.shape), options).sum_squares(g, out=temp)}
+        return {"sum_squares": method.partition(tuple(g.shape), options).sum_squares(g, out=temp)}
     return method.stats(g, options, small=small, round_=round_)

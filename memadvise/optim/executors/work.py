@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from memadvise.optim.method import Box, Method, Shape, StateSpec, Tensors
+from memadvise.optim.method import Box, Method, Shape, StateSpec, Tensors, broadcast_part
 
 
 @dataclass
@@ -57,3 +57,22 @@ def boxes(shape: Shape, limit: int) -> Iterator[Box]:
 def box_shape(box: Box) -> Shape:
     """The shape of the part that ``box`` cuts out."""
     return tuple(part.stop - part.start for part in box)
+
+
+class Cuts:
+    """The boxes of a shape, and how tensors of that shape, or that broadcast against it, are cut by them."""
+
+    def __init__(self, shape: Shape, limit: int) -> None:
+        self.shape = shape
+        self.boxes = list(boxes(shape, limit))
+        self.shapes = [box_shape(box) for box in self.boxes]
+        by_rows = bool(shape) and all(cut[1:] == shape[1:] for cut in self.shapes)
+        self._rows = self.shapes[0][0] if by_rows else None
+
+    def parts(self, tensor: Tensor) -> Sequence[Tensor]:
+        """One view of ``tensor`` for each box: whole along axes of size 1, and whole if it has other axes at all."""
+        if len(self.boxes) == 1 or tensor.ndim != len(self.shape):
+            return [tensor] * len(self.boxes)
+        if self._rows is not None:  # one call for all chunks of rows
+            return [tensor] * len(self.boxes) if tensor.shape[0] == 1 else tensor.split(self._rows)
+        return [broadcast_part(tensor, box) for box in self.boxes]

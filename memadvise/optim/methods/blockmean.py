@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -88,6 +89,11 @@ class BlockMeanAdam(Method):
 
     matrix_only = True
 
+    @lru_cache(maxsize=4096)  # noqa: B019 - methods are few and live as long as the process
+    def partition(self, shape: Shape, options: Any) -> Blocks:
+        """:meth:`blocks`, remembered."""
+        return self.blocks(shape, options)
+
     @abstractmethod
     def blocks(self, shape: Shape, options: Any) -> Blocks:
         """The partition of a parameter of ``shape``."""
@@ -96,7 +102,7 @@ class BlockMeanAdam(Method):
         return {
             "step": STEP,
             "exp_avg": StateSpec(shape, dtype, elementwise=True),
-            "exp_avg_sq": StateSpec(self.blocks(shape, options).state_shape(shape), dtype),
+            "exp_avg_sq": StateSpec(self.partition(shape, options).state_shape(shape), dtype),
         }
 
     def scalars(self, step: Tensor, h: Hyper) -> Tensors:
@@ -106,21 +112,21 @@ class BlockMeanAdam(Method):
         return 1
 
     def sums_spec(self, shape: Shape, options: Any, round_: int) -> dict[str, Shape]:
-        return {"sum_squares": self.blocks(shape, options).sums_shape(shape)}
+        return {"sum_squares": self.partition(shape, options).sums_shape(shape)}
 
     def reduced_axes(self, shape: Shape, options: Any) -> tuple[int, ...] | None:
-        blocks = self.blocks(shape, options)
+        blocks = self.partition(shape, options)
         return None if blocks.groups else blocks.axes
 
     def stats(self, g: Tensor, options: Any, *, small: Tensors, round_: int) -> Tensors:
-        return {"sum_squares": self.blocks(tuple(g.shape), options).sum_squares(g)}
+        return {"sum_squares": self.partition(tuple(g.shape), options).sum_squares(g)}
 
     def finish(
         self, sums: Tensors, state: Tensors, small: Tensors, h: Hyper, shape: Shape, options: Any, round_: int
     ) -> tuple[Tensors, Tensors]:
-        blocks = self.blocks(shape, options)
-        v = state["exp_avg_sq"] * h.beta2 + blocks.pool(sums["sum_squares"], shape) * (1 - h.beta2)
-        scale = small["step_size"] / (v.sqrt() / small["bias2_sqrt"] + h.eps)
+        blocks = self.partition(shape, options)
+        v = torch.lerp(state["exp_avg_sq"], blocks.pool(sums["sum_squares"], shape), 1 - h.beta2)
+        scale = small["step_size"] / (v.sqrt().div_(small["bias2_sqrt"]).add_(h.eps))  # in place on its own tensor
         return {"scale": blocks.expand(scale).to(v.dtype)}, {"exp_avg_sq": v}
 
     def apply(
@@ -131,7 +137,7 @@ class BlockMeanAdam(Method):
 
     def second_moment(self, v: Tensor, options: Any) -> Tensor | None:
         shape = tuple(v.shape)
-        blocks = self.blocks(shape, options)
+        blocks = self.partition(shape, options)
         sums = v.sum(blocks.axes, keepdim=True) if blocks.axes else v
         return blocks.expand(blocks.pool(sums, shape)).expand(shape)
 
