@@ -103,9 +103,10 @@ def main() -> None:
             run.step(batch)
 
     target = load_target(target_file)
-    table = Table(title=f"budget {format_bytes(budget)}: {options.budget_percent} % of AdamW's peak", title_justify="left")
-    for column in ("", "validation loss", "state, predicted", "state, real", "peak, predicted", "peak, measured", "ms a step"):
-        table.add_column(column, justify="right" if column else "left")
+    title = f"budget {format_bytes(budget)}: {options.budget_percent} % of AdamW's peak"
+    table = Table("", title=title, title_justify="left")
+    for column in ("validation loss", "state predicted", "state real", "peak predicted", "peak measured", "ms a step"):
+        table.add_column(column, justify="right")
     for run, (name, build, switches, predicted_state, predicted_peak) in zip(runs, kinds, strict=True):
         measured = measure_cpu(target, optimizer=build, switches=switches)
         table.add_row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
@@ -67,7 +68,24 @@ def glob_escape(name: str) -> str:
 def repeat_pattern(name: str) -> tuple[str, tuple[int, ...]]:
     """Numeric segments replaced by ``*``, and the numbers: ``h.3.mlp.w`` -> (``h.*.mlp.w``, (3,)).
 
-    Parameters with one pattern, shape and role are one decision of the advisor.
+    Names with one pattern are the same place in repeated blocks.
     """
     numbers = tuple(int(part) for part in name.split(".") if part.isdigit())
     return ".".join("*" if part.isdigit() else part for part in name.split(".")), numbers
+
+
+def shared_patterns(names: Iterable[str]) -> dict[str, list[str]]:
+    """Glob -> the names it stands for: names that differ in numeric segments only share one pattern.
+
+    A number that is the same in all of them stays: ``h.0.mlp.2.w``, ``h.1.mlp.2.w`` -> ``h.*.mlp.2.w``. A pattern
+    may match further names; whoever uses it for one decision must check that.
+    """
+    buckets: dict[str, list[str]] = {}
+    for name in names:
+        buckets.setdefault(repeat_pattern(name)[0], []).append(name)
+    shared: dict[str, list[str]] = {}
+    for members in buckets.values():
+        columns = zip(*(name.split(".") for name in members), strict=True)
+        pattern = ".".join(glob_escape(column[0]) if len(set(column)) == 1 else "*" for column in columns)
+        shared[pattern] = members
+    return shared

@@ -11,18 +11,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from memadvise.ledger import Parameter
-from memadvise.names import repeat_pattern
+from memadvise.names import shared_patterns
 from memadvise.plan.schema import Setting
 
 DENSE = Setting("adamw")
 TINY_NUMEL = 4096  # below this many elements, state is kept dense (the cut-off of bitsandbytes and torchao, too)
 TOKEN_ROLES = frozenset({"token_embedding", "position_embedding", "tied_embedding", "head"})
 HEAD_ROLES = frozenset({"attention_query", "attention_key"})
+FAN_OUT_ROLES = frozenset({"attention_value", "attention_output", "mlp_up", "mlp_gate", "mlp_down"})
 
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters of equal role, shape and structure: one decision. ``patterns`` are their names with ``*`` for numbers."""
+    """Parameters of equal role, shape and structure: one decision; ``patterns`` stand for their names."""
 
     role: str
     shape: tuple[int, ...]
@@ -63,8 +64,9 @@ def candidate_settings(parameter: Parameter) -> tuple[Setting, ...]:
 def _head_settings(parameter: Parameter) -> list[Setting]:
     """Adam-mini per attention head, for what produces queries and keys (2406.16793, Algorithm 3)."""
     axis = {"axis": parameter.fan_out[0]} if parameter.fan_out and parameter.fan_out[0] != 0 else {}
-    if parameter.role in HEAD_ROLES and parameter.heads and parameter.shape[parameter.fan_out[0]] % parameter.heads == 0:
-        return [Setting("adam_mini", {"partition": "head", "heads": parameter.heads, **axis})]
+    heads = parameter.heads
+    if parameter.role in HEAD_ROLES and heads and parameter.shape[parameter.fan_out[0]] % heads == 0:
+        return [Setting("adam_mini", {"partition": "head", "heads": heads, **axis})]
     if parameter.role == "attention_qkv" and parameter.segments and all(s.heads for s in parameter.segments):
         # Queries and keys by head, values by output row (heads 0).
         segments = [[s.start, s.stop, 0 if s.role == "attention_value" else s.heads] for s in parameter.segments]
@@ -87,7 +89,7 @@ def make_groups(
             role=members[0].role,
             shape=members[0].shape,
             members=tuple(members),
-            patterns=tuple(dict.fromkeys(repeat_pattern(m.name)[0] for m in members)),
+            patterns=tuple(shared_patterns(m.name for m in members)),
             settings=settings_of(members[0]),
         )
         for members in pools.values()
@@ -97,11 +99,11 @@ def make_groups(
 def static_prior(parameter: Parameter) -> Setting:
     """The setting the papers recommend for a role, for parameters that could not be measured.
 
-    SlimAdam's rule table (2503.01843) where it has the role, one value per output row (Adam-mini, 2406.16793) elsewhere.
+    SlimAdam's rule table (2503.01843) where it has the role, one value an output row (Adam-mini, 2406.16793) elsewhere.
     """
     candidates = candidate_settings(parameter)
     if len(candidates) == 1:
         return DENSE
-    if parameter.role in {"attention_value", "attention_output", "mlp_up", "mlp_gate", "mlp_down"} and parameter.fan_out:
+    if parameter.role in FAN_OUT_ROLES and parameter.fan_out:
         return Setting("slimadam", {"axes": list(parameter.fan_out)})
     return candidates[1]

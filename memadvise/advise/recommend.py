@@ -8,7 +8,7 @@ shows beyond the arithmetic (scratch, rounding) until the traced peak fits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from memadvise.advise.candidates import DENSE, Group, candidate_settings, make_groups
@@ -16,7 +16,7 @@ from memadvise.advise.harm import Harm, HarmTable
 from memadvise.advise.solver import Option, Solution, solve
 from memadvise.errors import Infeasible, UsageError
 from memadvise.ledger import MemoryLedger, Parameter, Scan
-from memadvise.names import glob_escape, matches, repeat_pattern
+from memadvise.names import glob_escape, matches, shared_patterns
 from memadvise.optim.registry import method_info, state_bytes, validate
 from memadvise.plan.schema import ModelShape, Plan, Rule, Setting, Switches
 from memadvise.units import format_bytes
@@ -79,7 +79,8 @@ def recommend(
         scan: what was traced and measured.
         budget_bytes: limit on the peak of the whole step.
         trace: traces the target again with a given plan; the plan's peak is what this says.
-        pins: (glob, setting) pairs the user decided; the first match wins. forbidden: methods never to choose.
+        pins: (glob, setting) pairs the user decided; the first match wins.
+        forbidden: methods never to choose.
 
     Raises:
         Infeasible: nothing fits; names the smallest reachable peak and what dominates it.
@@ -91,15 +92,13 @@ def recommend(
         plan = _plan(scan, groups, [DENSE] * len(groups), Switches(), budget_bytes, ["fits as it is"] * len(groups))
         after = trace(plan)
         if after.peak_bytes <= budget_bytes:
-            return _finished(scan, plan, after, budget_bytes, groups, None, "nothing to optimise", needs_compression=False)
+            note = "nothing to optimise"
+            return _finished(scan, plan, after, budget_bytes, groups, None, note, needs_compression=False)
     table = HarmTable(scan.probe)
     worst = table.worst_per_element(groups)
     harms = [[table.of(group, setting, worst) for setting in group.settings] for group in groups]
     options = [
-        [
-            Option(_group_bytes(group, setting), harm.value)
-            for setting, harm in zip(group.settings, row, strict=True)
-        ]
+        [Option(_group_bytes(group, setting), harm.value) for setting, harm in zip(group.settings, row, strict=True)]
         for group, row in zip(groups, harms, strict=True)
     ]
     room_lost: dict[int, int] = {}  # per combination of switches: bytes the traces showed beyond the arithmetic
@@ -136,7 +135,9 @@ def _settings_under(
     for pattern, setting in pins:
         hits = [p for name, p in names.items() if matches(pattern, name)]
         if not hits:
-            raise UsageError(f"the pin '{pattern}' matches no trainable parameter", hint="the names are those of the scan")
+            raise UsageError(
+                f"the pin '{pattern}' matches no trainable parameter", hint="the names are those of the scan"
+            )
         for parameter in hits:
             validate(setting, parameter.shape, name=parameter.name)
 
@@ -168,9 +169,7 @@ def fixed_peak_bytes(ledger: MemoryLedger) -> int:
     return max(p.peak_bytes - p.by_category.get("optimizer_state", 0) for p in ledger.phases)
 
 
-def _best(
-    scan: Scan, options: list[list[Option]], budget: int, room_lost: Mapping[int, int]
-) -> _Choice | None:
+def _best(scan: Scan, options: list[list[Option]], budget: int, room_lost: Mapping[int, int]) -> _Choice | None:
     """Least harm over the combinations of switches; of equal harm, what costs the least time."""
     best: _Choice | None = None
     for index, ledger in enumerate(scan.memory):
@@ -196,28 +195,26 @@ def _plan(
     reasons: Sequence[str],
 ) -> Plan:
     """Rules for every parameter: one a pattern where the pattern is unambiguous, ``**`` for what stays dense."""
-    setting_of = {m.name: s for g, s in zip(groups, picked, strict=True) for m in g.members}
+    setting_of = {m.name: s.key for g, s in zip(groups, picked, strict=True) for m in g.members}
     rules: list[Rule] = []
     for group, setting, reason in zip(groups, picked, reasons, strict=True):
         if setting == DENSE:
             continue
         saved = _group_bytes(group, DENSE) - _group_bytes(group, setting)
         text = f"{group.role} {list(group.shape)} x {len(group.members)}: saves {format_bytes(saved)}; {reason}"
-        for pattern in group.patterns:
-            members = [m.name for m in group.members if repeat_pattern(m.name)[0] == pattern]
-            pure = all(s == setting for name, s in setting_of.items() if matches(pattern, name))
-            for match in [pattern] if pure else [glob_escape(name) for name in members]:
-                rules.append(Rule(match, setting.method, dict(setting.options), reason=text))
-                text = "as above"
+        for match in _matching((m.name for m in group.members), setting_of):
+            rules.append(Rule(match, setting.method, dict(setting.options), reason=text))
+            text = "as above"
     if any(setting == DENSE for setting in picked):
         rest = "everything else keeps both moments in full" if rules else "nothing needs compressing: plain AdamW"
         rules.append(Rule("**", DENSE.method, reason=rest))
     trainable = [p for p in scan.parameters if p.trainable]
-    shapes: dict[str, tuple[int, ...]] = {}
-    for parameter in trainable:
-        pattern = repeat_pattern(parameter.name)[0]
-        same = {p.shape for p in trainable if repeat_pattern(p.name)[0] == pattern}
-        shapes[pattern if len(same) == 1 else parameter.name] = parameter.shape
+    shape_of = {p.name: p.shape for p in trainable}
+    shapes = {
+        pattern: shape
+        for shape in dict.fromkeys(shape_of.values())
+        for pattern in _matching((name for name, s in shape_of.items() if s == shape), shape_of)
+    }
     return Plan(
         rules=tuple(rules),
         switches=switches,
@@ -226,6 +223,15 @@ def _plan(
         predicted_state_bytes=sum(_group_bytes(g, s) for g, s in zip(groups, picked, strict=True)),
         device=scan.memory[0].device,
     )
+
+
+def _matching(names: Iterable[str], value_of: Mapping[str, object]) -> list[str]:
+    """Patterns for ``names``, which all have one value, that match no parameter of another value."""
+    patterns: list[str] = []
+    for pattern, members in shared_patterns(names).items():
+        pure = len({value for name, value in value_of.items() if matches(pattern, name)}) == 1
+        patterns += [pattern] if pure else [glob_escape(name) for name in members]
+    return patterns
 
 
 def _finished(
@@ -307,7 +313,7 @@ def _infeasible(
     how += [f"{switches.micro_batches} micro-batches"] if switches.micro_batches > 1 else []
     return Infeasible(
         f"no plan fits {format_bytes(budget)}: the smallest reachable peak is about {format_bytes(peak)}"
-        f" ({' and '.join(how) or 'no switch helps'}, every state compressed), in the {worst.phase} phase, dominated by "
-        + ", ".join(f"{name} {format_bytes(size)}" for name, size in largest),
+        f" ({' and '.join(how) or 'no switch helps'}, every state compressed), in the {worst.phase} phase,"
+        " dominated by " + ", ".join(f"{name} {format_bytes(size)}" for name, size in largest),
         hint=f"raise the budget to {peak} bytes or more, use a smaller batch, or a smaller model",
     )

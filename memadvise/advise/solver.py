@@ -7,7 +7,8 @@ leaves a stated gap. Plain Python: after pooling equal layers there are tens of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -119,7 +120,7 @@ class _Search:
                     b,
                 )
                 for g, hull in enumerate(hulls)
-                for a, b in zip(hull, hull[1:], strict=False)
+                for a, b in itertools.pairwise(hull)
             ),
             key=lambda step: (step.slope, step.group, -step.saved),
         )
@@ -131,10 +132,10 @@ class _Search:
         self.best_harm = float("inf")
         self.nodes = 0
 
-    def _suffix(self, value: object) -> list[float]:
+    def _suffix(self, value: Callable[[int], float]) -> list[float]:
         out = [0.0]
         for group in reversed(self.order):
-            out.append(out[-1] + value(group))  # type: ignore[operator]
+            out.append(out[-1] + value(group))
         return out[::-1]
 
     def run(self) -> Solution:

@@ -221,19 +221,18 @@ def _other_model(plan: Plan, parameters: Mapping[str, tuple[int, ...]]) -> Itera
 def _differences(model: ModelShape, parameters: Mapping[str, tuple[int, ...]]) -> list[str]:
     if not model.shapes:
         return []
-    lines, found = [], set()
+    lines, found, differing = [], set(), set()
     for name, shape in parameters.items():
-        key = name if name in model.shapes else repeat_pattern(name)[0]
-        if key in found:
-            continue
-        expected = model.shapes.get(key)
-        if expected is None:
-            lines.append(f"{name} is not in the plan's model")
-        elif tuple(expected) != tuple(shape):
-            lines.append(f"{name} has shape {list(shape)}, the plan's model {list(expected)}")
-        else:
+        key = name if name in model.shapes else next((p for p in model.shapes if matches(p, name)), None)
+        if key is None:
+            like = repeat_pattern(name)[0]
+            if like not in differing:  # one line for all blocks alike
+                lines.append(f"{name} is not in the plan's model")
+                differing.add(like)
             continue
         found.add(key)
-    present = set(parameters) | {repeat_pattern(name)[0] for name in parameters}
-    missing = [key for key in model.shapes if key not in present]
+        if tuple(model.shapes[key]) != tuple(shape) and key not in differing:
+            lines.append(f"{name} has shape {list(shape)}, the plan's model {list(model.shapes[key])}")
+            differing.add(key)
+    missing = [key for key in model.shapes if key not in found]
     return lines + [f"{key} {list(model.shapes[key])} is missing from this model" for key in missing]

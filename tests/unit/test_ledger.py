@@ -136,7 +136,7 @@ def test_phase_lookup() -> None:
         MEMORY.phase("forward")
 
 
-def test_write_whole_keeps_what_was_there_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text("old")
 

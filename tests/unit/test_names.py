@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memadvise.names import canonical_name, glob_escape, matches, repeat_pattern
+from memadvise.names import canonical_name, glob_escape, matches, repeat_pattern, shared_patterns
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,10 @@ def test_globs(pattern: str, name: str, hit: bool) -> None:
     assert matches(pattern, name) is hit
 
 
-@given(st.text(alphabet="ab.*?[]!-_0123", min_size=1, max_size=20), st.text(alphabet="ab.*?[]!-_0123", min_size=1, max_size=20))
+ODD_NAMES = st.text(alphabet="ab.*?[]!-_0123", min_size=1, max_size=20)
+
+
+@given(ODD_NAMES, ODD_NAMES)
 def test_an_escaped_name_matches_itself_and_nothing_else(name: str, other: str) -> None:
     assert matches(glob_escape(name), name)
     assert matches(glob_escape(name), other) == (name == other)
@@ -58,3 +61,14 @@ def test_an_escaped_name_matches_itself_and_nothing_else(name: str, other: str) 
 def test_repeat_pattern() -> None:
     assert repeat_pattern("h.3.mlp.2.w") == ("h.*.mlp.*.w", (3, 2))
     assert repeat_pattern("conv1.w") == ("conv1.w", ())
+
+
+def test_shared_patterns_keep_the_numbers_that_do_not_vary() -> None:
+    names = ["h.0.mlp.2.w", "h.1.mlp.2.w", "h.0.mlp.0.w", "norm.w", "e[0].w"]
+    assert shared_patterns(names) == {
+        "h.*.mlp.*.w": ["h.0.mlp.2.w", "h.1.mlp.2.w", "h.0.mlp.0.w"],
+        "norm.w": ["norm.w"],
+        "e[[]0].w": ["e[0].w"],
+    }
+    assert list(shared_patterns(names[:2])) == ["h.*.mlp.2.w"]
+    assert list(shared_patterns(["h.3.w"])) == ["h.3.w"]

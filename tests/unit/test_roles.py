@@ -145,9 +145,11 @@ def test_bert_whose_embeddings_hold_a_norm(attention: str) -> None:
 
 def test_vit_and_its_bare_position_table(attention: str) -> None:
     found = describe(*transformers_model("vit", attention))
-    assert set(roles(found, "vit.layers.0.").values()) == {
-        "attention_query", "attention_key", "attention_value", "attention_output", "mlp_up", "mlp_down",
-    }  # fmt: skip
+    # What the blocks are called changes between versions of transformers; what they are does not.
+    blocks = [role for name, role in roles(found).items() if ".0." in name]
+    assert sorted(blocks) == sorted(
+        ["attention_query", "attention_key", "attention_value", "attention_output", "mlp_up", "mlp_down"]
+    )
     patches = found["vit.embeddings.patch_embeddings.projection.weight"]
     assert (patches.role, patches.fan_in, patches.fan_out) == ("patch_embedding", (1, 2, 3), (0,))
     table = found["vit.embeddings.position_embeddings"]

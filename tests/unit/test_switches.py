@@ -101,7 +101,7 @@ def test_models_without_repeated_blocks_have_nothing_to_checkpoint() -> None:
     assert checkpoint_patterns(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))) == ()
 
 
-Pair = namedtuple("Pair", "x y")  # noqa: PYI024
+Pair = namedtuple("Pair", "x y")
 
 
 def test_batches_are_split_without_copies() -> None:

@@ -65,7 +65,8 @@ def test_what_c_code_prints_goes_to_stderr_too(tmp_path: Path, capfd: pytest.Cap
 def test_a_named_callable_and_a_named_target(tmp_path: Path) -> None:
     text = GOOD + (
         "import memadvise\n"
-        "def make():\n    return memadvise.Target(build_model=build_model, build_batches=build_batches, compute_loss=compute_loss)\n"
+        "def make():\n"
+        "    return memadvise.Target(build_model, build_batches, compute_loss=compute_loss)\n"
         "ready = make()\n"
     )
     path = write(tmp_path, text)
@@ -80,7 +81,8 @@ def test_a_package_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     package = tmp_path / "mypkg_for_memadvise"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    write(package, GOOD + "\ndef make():\n    from memadvise import Target\n    return Target(build_model, build_batches)\n", "nets.py")
+    make = "\ndef make():\n    from memadvise import Target\n    return Target(build_model, build_batches)\n"
+    write(package, GOOD + make, "nets.py")
     monkeypatch.chdir(tmp_path)
     assert load_target("mypkg_for_memadvise.nets:make").compute_loss is None
 
@@ -162,13 +164,13 @@ def test_a_model_that_raises_names_the_line(tmp_path: Path) -> None:
 )
 def test_wrong_returns(tmp_path: Path, old: str, new: str, call: str, says: str) -> None:
     target = broken(tmp_path, old, new)
+    calls = {
+        "model": target.model,
+        "batches": lambda: target.batches(1),
+        "loss": lambda: target.loss(target.model(), target.batches(1)[0]),
+    }
     with pytest.raises(TargetError) as caught:
-        if call == "model":
-            target.model()
-        elif call == "batches":
-            target.batches(1)
-        else:
-            target.loss(target.model(), target.batches(1)[0])
+        calls[call]()
     assert says in str(caught.value)
     assert caught.value.where is not None
 

@@ -105,7 +105,7 @@ def test_groups_pool_equal_role_and_shape_across_names() -> None:
     ]
     groups = make_groups(parameters)
     assert [(g.patterns, len(g.members)) for g in groups] == [
-        (("h.*.q.weight", "g.*.q.weight"), 3),
-        (("h.*.k.weight",), 1),
-        (("g.*.q.weight",), 1),
+        (("h.*.q.weight", "g.0.q.weight"), 3),
+        (("h.0.k.weight",), 1),
+        (("g.1.q.weight",), 1),
     ]

@@ -17,8 +17,8 @@ instances = st.lists(st.lists(options, min_size=1, max_size=4), min_size=1, max_
 
 
 def brute_force(groups: list[list[Option]], budget: int) -> float | None:
-    fits = [sum(o.harm for o in pick) for pick in itertools.product(*groups) if sum(o.num_bytes for o in pick) <= budget]
-    return min(fits) if fits else None
+    picks = itertools.product(*groups)
+    return min((sum(o.harm for o in p) for p in picks if sum(o.num_bytes for o in p) <= budget), default=None)
 
 
 @settings(max_examples=200, deadline=None)
@@ -42,7 +42,8 @@ def random_instance(num_groups: int, seed: int) -> tuple[list[list[Option]], int
     for _ in range(num_groups):
         size, weight = int(rng.lognormvariate(14, 1.5)), rng.lognormvariate(0, 2)
         kept = sorted((rng.random() for _ in range(6)), reverse=True)
-        groups.append([Option(size, 0.0)] + [Option(int(size * k), weight * (1 - k) ** rng.uniform(0.5, 3)) for k in kept])
+        smaller = [Option(int(size * k), weight * (1 - k) ** rng.uniform(0.5, 3)) for k in kept]
+        groups.append([Option(size, 0.0), *smaller])
     full = sum(max(o.num_bytes for o in g) for g in groups)
     least = sum(min(o.num_bytes for o in g) for g in groups)
     return groups, max(least, int(0.55 * full))
