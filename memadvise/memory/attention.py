@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +36,7 @@ def choose_kernel(
     grouped = enable_gqa and query.ndim == 4 and query.shape[-3] % key.shape[-3] == 0
     dense = query.ndim == key.ndim == value.ndim == 4 and query.shape[-2] > 0 and key.shape[-2] > 0
     if (
-        (backends.flash_sdp_enabled() or backends.cudnn_sdp_enabled() and not backends.math_sdp_enabled())
+        (backends.flash_sdp_enabled() or (backends.cudnn_sdp_enabled() and not backends.math_sdp_enabled()))
         and dense
         and query.dtype in _HALF
         and mask is None

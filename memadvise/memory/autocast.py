@@ -15,13 +15,19 @@ from typing import Any
 import torch
 
 _FP32 = (
-    "acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow softplus layer_norm "
-    "native_layer_norm group_norm rms_norm frobenius_norm nuclear_norm cosine_similarity dist pdist renorm logsumexp "
-    "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
-    "upsample_bicubic2d upsample_trilinear3d"
-).split()
-_FP32_RESULT = "prod cumprod cumsum sum softmax log_softmax linalg_vector_norm linalg_matrix_norm".split()
-_LOWER = "mv addmv addr chain_matmul linalg_multi_dot".split()
+    "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt", "sinh",
+    "tan", "pow", "softplus", "layer_norm", "native_layer_norm", "group_norm", "rms_norm", "frobenius_norm",
+    "nuclear_norm", "cosine_similarity", "dist", "pdist", "renorm", "logsumexp", "upsample_nearest1d",
+    "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d",
+    "upsample_trilinear3d",
+)  # fmt: skip
+# The result is fp32 unless the call says otherwise.
+_FP32_RESULT = (
+    "prod", "cumprod", "cumsum", "sum", "softmax", "log_softmax", "linalg_vector_norm", "linalg_matrix_norm",
+)  # fmt: skip
+_LOWER = (
+    "mv", "addmv", "addr", "chain_matmul", "linalg_multi_dot",
+)  # fmt: skip
 _ONLY_ON_CPU = ("cross_entropy_loss",)  # CUDA's lists treat the log_softmax inside instead
 _aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
@@ -54,16 +60,19 @@ def _with(change: Callable[[torch.Tensor], torch.Tensor], op: Any) -> Callable[.
 
 
 def _with_fp32_result(op: Any) -> Callable[..., Any]:
+    position = [argument.name for argument in op._schema.arguments].index("dtype") - 1
+
     def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         with _below_autocast():
-            if kwargs.get("dtype") is None and x.dtype in _HALF:
-                kwargs["dtype"] = torch.float32
+            given = args[position] if position < len(args) else kwargs.get("dtype")
+            if given is None and x.dtype in _HALF:
+                args, kwargs = args[:position], {**kwargs, "dtype": torch.float32}
             return op(x, *args, **kwargs)
 
     return run
 
 
-def _listed(names: list[str]) -> Iterator[tuple[str, Any]]:
+def _listed(names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     """The operators, with their overloads, that the running torch treats on CUDA and leaves alone on the CPU."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in names:

@@ -41,7 +41,7 @@ def user_line(*, below: str | None = None) -> str | None:
             return f"{_shown(path)}:{frame.f_lineno}"
         if below is not None and below in path:
             return None
-        if frame.f_back is None or frame.f_code.co_name == _OUTERMOST and path.startswith(_OURS):
+        if frame.f_back is None or (frame.f_code.co_name == _OUTERMOST and path.startswith(_OURS)):
             return None
         frame = frame.f_back
     return None

@@ -18,7 +18,7 @@ from memadvise.errors import TargetError
 from memadvise.memory.callers import user_line
 
 _MAX_ELEMENTS = 1 << 20
-_ATTRIBUTE = "_memadvise_value"
+_ATTRIBUTE, _IS_ALL = "_memadvise_value", "_memadvise_is_all"
 _aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
 _READ = _aten._local_scalar_dense.default
@@ -103,7 +103,7 @@ class HostValues(TorchDispatchMode):
             return out
         out = func(*args, **kwargs)
         if func is _aten.all.default and type(out) is FakeTensor:
-            out._memadvise_is_all = True
+            setattr(out, _IS_ALL, True)
         return out
 
     # ------------------------------------------------------------ values
@@ -127,7 +127,7 @@ class HostValues(TorchDispatchMode):
                 for o, r in zip(outs, real if isinstance(real, list | tuple) else (real,), strict=True):
                     self._attach(o, r, value)
         if func is _aten.all.default:
-            out._memadvise_is_all = True
+            setattr(out, _IS_ALL, True)
         return out
 
     def _attach(self, fake: Any, real: Any, source: _Value | None) -> None:
@@ -174,7 +174,7 @@ class HostValues(TorchDispatchMode):
         if x.constant is not None:
             return self._real(_READ, (x.constant,), {})
         if x.dtype is torch.bool:
-            answer = hasattr(x, "_memadvise_is_all")
+            answer = hasattr(x, _IS_ALL)
             self._guess(f"a truth value that depends on computed numbers; assumed {answer}")
             return answer
         self._guess("a number that depends on computed numbers; assumed 1")

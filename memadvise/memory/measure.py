@@ -22,8 +22,7 @@ from memadvise.memory.phases import Phases
 from memadvise.memory.replay import build_ledger
 from memadvise.memory.semantics import random_state_kept
 from memadvise.memory.session import own_copy, tensors_of
-from memadvise.memory.trace import (
-    MakeOptimizer,
+from memadvise.memory.tensors import (
     default_optimizer,
     garbage_collection_paused,
     model_tensors,
@@ -32,6 +31,7 @@ from memadvise.memory.trace import (
     state_tensors,
     storage_parts,
 )
+from memadvise.memory.trace import MakeOptimizer
 from memadvise.names import canonical_name
 from memadvise.plan.schema import Switches
 from memadvise.switches import apply_checkpoint, train_step
@@ -76,7 +76,7 @@ class _Reader:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> None:
         self._model = model
         self._optimizer = optimizer
-        self._owners = {
+        self._owners: dict[torch.Tensor, str] = {
             parameter: canonical_name(name).rpartition(".")[0] for name, parameter in model.named_parameters()
         }
         self._trace = Trace(device="cpu", granularity=1, optimizer=optimizer_name(optimizer, "cpu"))
@@ -87,8 +87,8 @@ class _Reader:
         for parameter, owner in self._owners.items():
             if parameter.grad is not None:
                 self._hold(parameter.grad, "gradients", owner)
-        for parameter, tensor in state_tensors(optimizer):
-            self._hold(tensor, "optimizer_state", self._owners.get(parameter, "") if parameter is not None else "")
+        for holder, tensor in state_tensors(optimizer):
+            self._hold(tensor, "optimizer_state", self._owners.get(holder, "") if holder is not None else "")
         for tensor in tensors_of(batch):
             self._hold(tensor, "inputs", "")
 

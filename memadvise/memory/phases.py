@@ -61,14 +61,15 @@ class Phases:
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
         """Install the hooks, and take them away again whatever happens."""
-        run_engine = torch.autograd._engine_run_backward
+        autograd: Any = torch.autograd  # every way into the engine goes through this name
+        run_engine = autograd._engine_run_backward
 
-        def run_backward(tensors: Any, grads: Any, keep_graph: Any, create_graph: Any, *args: Any, **kwargs: Any) -> Any:
+        def run_backward(tensors: Any, grads: Any, keep: Any, create_graph: Any, *args: Any, **kwargs: Any) -> Any:
             interrupted, self._engine_depth = self.phase, self._engine_depth + 1
             outer, self.creates_graph = self.creates_graph, self.creates_graph or bool(create_graph)
             self.enter("backward")
             try:
-                return run_engine(tensors, grads, keep_graph, create_graph, *args, **kwargs)
+                return run_engine(tensors, grads, keep, create_graph, *args, **kwargs)
             finally:
                 self._engine_depth, self.creates_graph = self._engine_depth - 1, outer
                 self.enter(interrupted if self._engine_depth else "step")
@@ -79,11 +80,11 @@ class Phases:
             register_optimizer_step_pre_hook(self._optimizer_enters),
             register_optimizer_step_post_hook(self._optimizer_leaves),
         ]
-        torch.autograd._engine_run_backward = run_backward
+        autograd._engine_run_backward = run_backward
         try:
             yield
         finally:
-            torch.autograd._engine_run_backward = run_engine
+            autograd._engine_run_backward = run_engine
             for handle in handles:
                 handle.remove()
 

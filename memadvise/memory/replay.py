@@ -110,23 +110,29 @@ def _replay(trace: Trace, categories: list[str]) -> _Replay:
     for event in trace.events[: trace.start]:
         live.add(event) if event >= 0 else live.discard(~event)
     base = set(live)
-    phase_at = dict(trace.marks)
-    at_start = [phase for at, phase in trace.marks if at <= trace.start]
-    phase = at_start[-1] if at_start else "forward"
     level = sum(sizes[number] for number in live)
     peak: dict[str, int] = {}
     where: dict[str, int] = {}
-    levels = []
-    for at in range(trace.start, trace.stop):
-        if at in phase_at:
-            phase = phase_at[at]
-            if phase in PHASES and level > peak.get(phase, -1):  # what a phase finds belongs to its peak
-                peak[phase], where[phase] = level, at
-        event = trace.events[at]
-        level += sizes[event] if event >= 0 else -sizes[~event]
-        levels.append(level)
+    levels: list[int] = []
+    phase, marks = "setup", iter([*trace.marks, (len(trace.events) + 1, "")])
+    mark_at, mark = next(marks)
+
+    def note(done: int) -> None:
+        """The level after ``done`` events, in the running phase; what a phase finds belongs to its peak."""
         if phase in PHASES and level > peak.get(phase, -1):
-            peak[phase], where[phase] = level, at + 1
+            peak[phase], where[phase] = level, done
+
+    for at in range(trace.start, trace.stop + 1):
+        while mark_at <= at:  # several, when a phase allocates nothing
+            phase = mark
+            if mark_at == at:
+                note(at)
+            mark_at, mark = next(marks)
+        if at < trace.stop:
+            event = trace.events[at]
+            level += sizes[event] if event >= 0 else -sizes[~event]
+            levels.append(level)
+            note(at + 1)
     peak_phase = max(peak, key=lambda name: peak[name])
     by_category: dict[str, Counter[str]] = {}
     live_at_peak: set[int] = set()

@@ -24,7 +24,7 @@ def _num_bytes(tensor: torch.Tensor) -> int:
 
 
 def _flash_backward(args: tuple[Any, ...]) -> list[int]:
-    """FlashAttention-2: the fp32 accumulator of dq, the row sums, and dk, dv per query head when queries are grouped."""
+    """FlashAttention-2: fp32 accumulator of dq, row sums, and dk, dv per query head when queries are grouped."""
     query, key = args[1], args[2]
     batch, heads, length, head_dim = query.shape
     rows = -(-length // 128) * 128

@@ -128,6 +128,7 @@ def device_semantics(device: str) -> Iterator[tuple[Semantics, Callable[[], None
 
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
+    """Put the random states of torch (CPU) and Python back at the end."""
     state, python_state = torch.get_rng_state(), random.getstate()
     try:
         yield
@@ -180,7 +181,8 @@ def _patch_cuda_module(patches: _Patches) -> None:
     """Calls that a training script makes around a step, where there may be no CUDA at all."""
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats", "set_device"):
         patches.set(torch.cuda, name, lambda *args, **kwargs: None)
-    for name in ("current_device", "memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+    counters = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
+    for name in ("current_device", *counters):
         patches.set(torch.cuda, name, lambda *args, **kwargs: 0)
 
 

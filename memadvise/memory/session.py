@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memadvise.memory.hostvalues import HostValues, attach_value
 from memadvise.memory.semantics import Semantics, check_device, device_semantics, random_state_kept
@@ -59,8 +60,9 @@ class FakeSession:
 def fake_session(target: Target, device: str = "cuda", *, batches: int | Sequence[Any] = 2) -> Iterator[FakeSession]:
     """Build ``target`` under FakeTensorMode with the semantics of ``device`` ("cuda" or "cpu") while open.
 
-    Batches (the first so many of the target, or the given ones) are built for real first; their integer and boolean tensors keep their values for host reads. The random
-    state of torch and Python is as before afterwards, and so is every attribute of torch.
+    Batches (the first so many of the target, or the given ones) are built for real first; their integer and boolean
+    tensors keep their values for host reads. Afterwards the random state of torch and Python is as before, and so
+    is every attribute of torch.
 
     Raises:
         TargetError, TargetRaised: from the target's own functions. UsageError: an unknown device.
@@ -80,6 +82,19 @@ def fake_session(target: Target, device: str = "cuda", *, batches: int | Sequenc
         fake_batches = [map_tensors(batch, fake) for batch in real_batches]
         stack.enter_context(fake_mode)
         host_values = stack.enter_context(HostValues(fake_mode))
-        model = target.model()
+        model = _on_fakes(target.model(), fake_mode)
         patch_libraries()
         yield FakeSession(model, fake_batches, semantics, host_values)
+
+
+def _on_fakes(model: nn.Module, fake_mode: FakeTensorMode) -> nn.Module:
+    """The model itself; or, when it was built before (a global, a cached model), a copy of it on fake tensors."""
+    real = {id(t): t for t in (*model.parameters(), *model.buffers()) if not isinstance(t, FakeTensor)}
+    if not real:
+        return model
+    memo: dict[int, Any] = {}
+    for key, tensor in real.items():
+        fake = fake_mode.from_tensor(tensor.detach())
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[key] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+    return copy.deepcopy(model, memo)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -16,14 +15,22 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memadvise.memory.callers import user_line
 from memadvise.memory.events import Storage, Trace
 from memadvise.memory.phases import Phases
 from memadvise.memory.scratch import KernelScratch
 from memadvise.memory.session import FakeSession, fake_session, map_tensors, tensors_of
-from memadvise.names import canonical_name
+from memadvise.memory.tensors import (
+    default_optimizer,
+    garbage_collection_paused,
+    model_tensors,
+    optimizer_name,
+    state_bytes,
+    state_tensors,
+    storage_parts,
+)
 from memadvise.optim.method import assume_device
 from memadvise.plan.schema import Switches
 from memadvise.switches import apply_checkpoint, train_step
@@ -48,7 +55,7 @@ def trace_step(
     Args:
         target: the model, its batches and its step; nothing of it is computed and no memory is taken for it.
         device: "cuda" (kernels and allocator granularity of CUDA) or "cpu" (exact bytes).
-        make_optimizer: ``model -> optimizer``; default :func:`default_optimizer`.
+        make_optimizer: ``model -> optimizer``; default AdamW as a user gets it.
         switches: checkpointing and micro-batches.
         batch: a batch of real tensors to use for both steps; default the target's first two batches.
 
@@ -61,12 +68,11 @@ def trace_step(
         if switches.checkpoint:
             apply_checkpoint(model, switches.checkpoint)
         recorder = Recorder(session)
-        with assume_device(device), garbage_collection_paused():
-            optimizer = make_optimizer(model)
-            with recorder.recording():
-                for batch in session.batches:
-                    with recorder.step(optimizer, batch) as own_batch:
-                        train_step(target, model, own_batch, optimizer, micro_batches=switches.micro_batches)
+        with assume_device(device), garbage_collection_paused(), recorder.recording():
+            optimizer = make_optimizer(model)  # in here: hooks of its own on gradients come after the recorder's
+            for batch in session.batches:
+                with recorder.step(optimizer, batch) as own_batch:
+                    train_step(target, model, own_batch, optimizer, micro_batches=switches.micro_batches)
         trace = recorder.trace
         trace.state_bytes = state_bytes(optimizer)
         trace.optimizer = optimizer_name(optimizer, device)
@@ -78,78 +84,6 @@ def trace_step(
         ]
         trace.warnings += list(session.host_values.guesses)
         return trace
-
-
-def default_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """``torch.optim.AdamW`` over the trainable parameters, with torch's defaults for the device."""
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-
-
-def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[torch.Tensor | None, torch.Tensor]]:
-    """Every tensor of ``optimizer.state`` with the parameter that it belongs to."""
-
-    def inside(value: Any) -> Iterator[torch.Tensor]:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, dict):
-            for item in value.values():
-                yield from inside(item)
-        elif isinstance(value, list | tuple):
-            for item in value:
-                yield from inside(item)
-
-    for key, value in optimizer.state.items():
-        for tensor in inside(value):
-            yield (key if isinstance(key, torch.Tensor) else None), tensor
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """The sum of ``numel * itemsize`` over the tensors of ``optimizer.state``."""
-    tensors = {id(tensor): tensor for _, tensor in state_tensors(optimizer)}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def model_tensors(model: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """(kind, module name, tensor) of everything the model holds: parameters, buffers, plain tensor attributes."""
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        yield "weights", canonical_name(name).rpartition(".")[0], parameter
-    for name, module in model.named_modules():
-        owner = canonical_name(name)
-        for buffer in module._buffers.values():
-            if buffer is not None:
-                yield "buffers", owner, buffer
-        for value in vars(module).values():
-            for item in value if isinstance(value, list | tuple) else (value,):
-                if isinstance(item, torch.Tensor):
-                    yield "buffers", owner, item
-
-
-def optimizer_name(optimizer: torch.optim.Optimizer, device: str) -> str:
-    """Its class and, for torch's own, the implementation that runs on ``device``: "torch.optim.AdamW (foreach)"."""
-    name = type(optimizer).__name__
-    if not type(optimizer).__module__.startswith("torch.optim"):
-        return name
-    group = optimizer.param_groups[0]
-    if group.get("fused"):
-        kind = "fused"
-    elif group.get("foreach") or (group.get("foreach") is None and "foreach" in group and device == "cuda"):
-        kind = "foreach"
-    else:
-        kind = "for-loop"
-    return f"torch.optim.{name} ({kind})"
-
-
-@contextlib.contextmanager
-def garbage_collection_paused() -> Iterator[None]:
-    """Cycles are collected before, not at some moment inside."""
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class Recorder(TorchDispatchMode):
@@ -270,7 +204,7 @@ class Recorder(TorchDispatchMode):
         for number in taken:
             self.trace.died(number)
         if self._phases.phase == "forward":
-            number = torch.autograd._get_sequence_nr()
+            number = torch._C._autograd._get_sequence_nr()
             if not self._sequence or number > self._sequence[-1]:
                 self._sequence.append(number)
                 modules = self._phases.modules
@@ -337,15 +271,3 @@ def _on_device(args: Iterable[Any]) -> bool:
         elif isinstance(arg, list | tuple) and _on_device(arg):
             return True
     return False
-
-
-def storage_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The dense tensors that hold the memory of ``tensor``."""
-    if tensor.layout is torch.sparse_coo:
-        yield tensor._indices()
-        yield tensor._values()
-    elif is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from storage_parts(getattr(tensor, name))
-    else:
-        yield tensor
