@@ -8,6 +8,7 @@ pre and post hooks of any ``torch.optim.Optimizer.step`` it is "step" as well, a
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -82,7 +83,9 @@ class Phases:
         ]
         autograd._engine_run_backward = run_backward
         try:
-            yield
+            with warnings.catch_warnings():  # the hooks are ours, and a repeated call of one does no harm
+                warnings.filterwarnings("ignore", message=".*torch.compile.* when there are global hooks on modules")
+                yield
         finally:
             autograd._engine_run_backward = run_engine
             for handle in handles:

@@ -80,6 +80,7 @@ def fake_session(target: Target, device: str = "cuda", *, batches: int | Sequenc
             return made
 
         fake_batches = [map_tensors(batch, fake) for batch in real_batches]
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code allocates out of sight
         stack.enter_context(fake_mode)
         host_values = stack.enter_context(HostValues(fake_mode))
         model = _on_fakes(target.model(), fake_mode)

@@ -82,6 +82,8 @@ def trace_step(
             f"Optimizer: {trace.optimizer}.",
             f"The steady state: step {_NUM_STEPS} of {_NUM_STEPS} traced.",
         ]
+        if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
+            trace.assumptions.append("torch.compile is left out: the memory is that of eager execution.")
         trace.warnings += list(session.host_values.guesses)
         return trace
 

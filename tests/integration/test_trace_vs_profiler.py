@@ -12,7 +12,8 @@ from torch import nn
 
 from memadvise.memory.estimate import estimate
 from memadvise.memory.measure import measure_cpu
-from memadvise.plan.schema import Switches
+from memadvise.optim.create import create_optimizer
+from memadvise.plan.schema import Setting, Switches
 from memadvise.target import Target, load_target
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
@@ -148,12 +149,24 @@ def _compare(target, optimizer=None, switches=None):
     return traced, measured
 
 
-@pytest.mark.parametrize("optimizer", ["for-loop", "foreach", "fused"])
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [*((name, "for-loop") for name in TARGETS), *((name, "foreach") for name in TARGETS), ("gpt", "fused")],
+)
 def test_peak_of_every_phase(name, optimizer):
     options = {"for-loop": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}[optimizer]
     traced, _ = _compare(TARGETS[name][0], _adamw(**options))
     assert traced.optimizer == f"torch.optim.AdamW ({optimizer})"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [Setting("adamw"), Setting("slimadam", {"axes": [0]}), Setting("adam_mini", {"partition": "row"}), Setting("lion")],
+    ids=lambda setting: setting.method,
+)
+def test_optimizers_of_the_engine(setting):
+    traced, _ = _compare(TARGETS["gpt"][0], lambda model: create_optimizer(model, setting, lr=1e-3))
+    assert (traced.state_bytes < estimate(TARGETS["gpt"][0]).state_bytes) == (setting.method != "adamw")
 
 
 @pytest.mark.parametrize("name", TARGETS)

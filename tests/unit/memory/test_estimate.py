@@ -267,6 +267,16 @@ def test_assumptions_say_what_was_assumed():
     assert "512" not in " ".join(estimate(target, device="cpu").assumptions)
 
 
+def test_a_compiled_model_is_traced_in_eager_mode():
+    compiled = estimate(_target(build_model=lambda: torch.compile(_stack())))
+    eager = estimate(_target())
+    assert compiled.peak_bytes == eager.peak_bytes
+    assert compiled.by_module.keys() == eager.by_module.keys()
+    assert set(compiled.assumptions) - set(eager.assumptions) == {
+        "torch.compile is left out: the memory is that of eager execution."
+    }
+
+
 def test_batches_that_are_views_do_not_count_what_they_view():
     data = torch.randn(100_000, 8)
     target = Target(
