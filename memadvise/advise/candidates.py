@@ -47,11 +47,11 @@ def candidate_settings(parameter: Parameter) -> tuple[Setting, ...]:
     axes_sets: list[tuple[int, ...]]
     if parameter.role in TOKEN_ROLES:
         # One value per token (or position): the mean over everything but the token axis.
-        token_axis = parameter.fan_out[0] if parameter.fan_out and parameter.role == "head" else 0
+        token_axis = parameter.fan_out[0] if parameter.fan_out else 0
         axes_sets = [tuple(a for a in range(len(parameter.shape)) if a != token_axis)]
     elif not parameter.fan_in or not parameter.fan_out:
-        # Not known what the axes mean: one value per entry of the first axis, the finest of the safe ones.
-        axes_sets = [tuple(range(1, len(parameter.shape)))]
+        # Not known what the axes mean (stacked experts, say): only the finest mean there is, over the last axis.
+        axes_sets = [(len(parameter.shape) - 1,)]
     else:
         every = tuple(range(len(parameter.shape)))
         axes_sets = [parameter.fan_in, parameter.fan_out, every]

@@ -45,8 +45,12 @@ def test_vectors_and_tiny_tensors_stay_dense(p: Parameter) -> None:
     assert candidate_settings(p) == (DENSE,)
 
 
-def test_a_matrix_of_unknown_axes_is_averaged_within_rows_only() -> None:
-    assert axes(parameter("w", (64, 64, 4), "unknown", fan_in=(), fan_out=())) == {(1, 2)}
+def test_a_position_table_with_a_leading_axis_keeps_its_positions() -> None:
+    assert axes(parameter("pos", (1, 64, 128), "position_embedding", fan_in=(2,), fan_out=(1,))) == {(0, 2)}
+
+
+def test_a_tensor_of_unknown_axes_is_averaged_over_the_last_only() -> None:
+    assert axes(parameter("w", (8, 64, 32), "unknown", fan_in=(), fan_out=())) == {(2,)}
 
 
 def test_dense_comes_first_and_no_setting_twice() -> None:
