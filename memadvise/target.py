@@ -128,12 +128,20 @@ class Target:
             )
         return loss.reshape(())
 
-    def step(self, model: Any, batch: Any, optimizer: Any) -> float | None:
-        """One whole training step; returns the loss when it is known (not with the user's own ``train_step``)."""
+    def step(self, model: Any, batch: Any, optimizer: Any) -> torch.Tensor | float | None:
+        """One whole training step.
+
+        Returns:
+            The loss, not read on the host (a trace cannot read it); None if the user's own ``train_step`` gives none.
+        """
+        import torch
+
         if self.train_step is not None:
             with self._user_code("train_step(model, batch, optimizer)"):
                 result = self.train_step(model, batch, optimizer)
-            return float(result) if isinstance(result, float) else None
+            if isinstance(result, torch.Tensor):
+                return result.detach() if result.numel() == 1 else None
+            return result if isinstance(result, float) else None
         loss = self.loss(model, batch)
         with self._user_code("the backward pass"):
             loss.backward()
@@ -141,7 +149,7 @@ class Target:
         del loss
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return value  # type: ignore[return-value]  # read by the caller, so that no host read happens under a trace
+        return value
 
     def sha256(self) -> str | None:
         """Hash of the target's source file, None if it has none."""
