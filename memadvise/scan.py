@@ -26,12 +26,13 @@ _MICRO_BATCHES = (2, 4)
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """How to probe: AdamW steps, steps of each optimizer, learning rate and weight decay, seed, Hessian or not."""
+    """How to probe: AdamW steps, steps of each optimizer, AdamW's hyper-parameters, seed, Hessian or not."""
 
     num_steps: int = 60
     optimizer_steps: int = 20
     lr: float = 1e-3
     weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
     seed: int = 0
     hessian: bool = True
 
@@ -86,6 +87,7 @@ def run_scan(
             optimizer_steps=probe.optimizer_steps,
             lr=probe.lr,
             weight_decay=probe.weight_decay,
+            betas=probe.betas,
             seed=probe.seed,
             hessian=probe.hessian,
             progress=progress,

@@ -36,6 +36,9 @@ def scan(
     probe_steps: Annotated[int, typer.Option("--probe-steps", min=1, help="AdamW steps of the probe.")] = 60,
     lr: Annotated[float, typer.Option("--lr", help="Learning rate of the probe.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option("--weight-decay", help="Weight decay of the probe.")] = 0.0,
+    betas: Annotated[
+        tuple[float, float], typer.Option("--betas", metavar="B1 B2", help="Of AdamW in the probe; SNR depends on B2.")
+    ] = (0.9, 0.999),
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the probe.")] = 0,
     no_hessian: Annotated[bool, typer.Option("--no-hessian", help="Skip the Hessian's block structure.")] = False,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="For hf: targets.")] = None,
@@ -49,7 +52,7 @@ def scan(
 ) -> None:
     """Show where the bytes of a training step go."""
     common.configure(format=format, quiet=quiet, verbose=verbose, no_progress=no_progress)
-    _check_numbers(lr=lr, weight_decay=weight_decay)
+    _check_numbers(lr=lr, weight_decay=weight_decay, betas=betas)
     if output.exists() and output.resolve() == Path(target.partition(":")[0]).resolve():
         raise UsageError(f"{output} is the target itself", hint="give another file with -o")
     common.check_writable(output, force=force, ours=is_scan_file, kind="a scan file of memadvise")
@@ -58,7 +61,9 @@ def scan(
     from memadvise.scan import ProbeOptions, run_scan
 
     options: dict[str, Any] = {"batch_size": batch_size, "seq_len": seq_len, "dtype": dtype}
-    probe = ProbeOptions(num_steps=probe_steps, lr=lr, weight_decay=weight_decay, seed=seed, hessian=not no_hessian)
+    probe = ProbeOptions(
+        num_steps=probe_steps, lr=lr, weight_decay=weight_decay, betas=betas, seed=seed, hessian=not no_hessian
+    )
     with common.show_progress() as progress:
         result = run_scan(
             target,
@@ -80,11 +85,13 @@ def scan(
     common.note(f"next: memadvise recommend --budget 12GB{scan_flag}")
 
 
-def _check_numbers(*, lr: float, weight_decay: float) -> None:
+def _check_numbers(*, lr: float, weight_decay: float, betas: tuple[float, float]) -> None:
     if not 0 < lr < float("inf"):
         raise UsageError(f"--lr {lr}: a learning rate is a positive number", hint="for example --lr 1e-3")
     if not 0 <= weight_decay < float("inf"):
         raise UsageError(f"--weight-decay {weight_decay}: it cannot be negative", hint="for example --weight-decay 0.1")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise UsageError(f"--betas {betas[0]} {betas[1]}: each lies in [0, 1)", hint="for example --betas 0.9 0.95")
 
 
 def is_scan_file(path: Path) -> bool:

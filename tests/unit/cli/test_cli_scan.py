@@ -86,6 +86,9 @@ def test_options_reach_the_scan(calls: list[dict[str, Any]], capsys: Capture) ->
                 "1e-2",
                 "--weight-decay",
                 "0.1",
+                "--betas",
+                "0.9",
+                "0.95",
                 "--seed",
                 "4",
                 "-o",
@@ -101,7 +104,21 @@ def test_options_reach_the_scan(calls: list[dict[str, Any]], capsys: Capture) ->
         "device": "cpu",
         "probe": None,
     }
-    assert calls[1]["probe"] == memadvise.scan.ProbeOptions(num_steps=9, lr=0.01, weight_decay=0.1, seed=4)
+    assert calls[1]["probe"] == memadvise.scan.ProbeOptions(
+        num_steps=9, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), seed=4
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--lr", "0"], ["--lr", "nan"], ["--weight-decay", "-1"], ["--betas", "0.9", "1"], ["--betas", "-1", "0.9"]],
+)
+def test_hyper_parameters_out_of_range(calls: list[Any], capsys: Capture, flags: list[str]) -> None:
+    assert run(["scan", "model.py", *flags]) == 2
+    err = capsys.readouterr().err
+    assert flags[0] in err
+    assert "for example" in err
+    assert calls == []
 
 
 def test_an_older_scan_is_replaced_another_file_is_not(calls: list[Any], capsys: Capture) -> None:
