@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from memadvise.errors import UsageError
 from memadvise.memory.attention import cuda_attention
@@ -121,20 +122,23 @@ def device_semantics(device: str) -> Iterator[tuple[Semantics, Callable[[], None
             _patch_cuda_module(patches)
             stack.enter_context(cuda_autocast())
             stack.enter_context(_cuda_kernels(semantics))
-            stack.enter_context(_CudaDevices())
+            stack.enter_context(CudaDevices())
         patch_libraries()
         yield semantics, patch_libraries
 
 
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Put the random states of torch (CPU) and Python back at the end."""
+    """Put the random states of torch (CPU and CUDA devices in use) and Python back at the end."""
     state, python_state = torch.get_rng_state(), random.getstate()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         yield
     finally:
         torch.set_rng_state(state)
         random.setstate(python_state)
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
 
 
 def _is_not_tracing(tensor: Any = None) -> bool:
@@ -150,17 +154,20 @@ def _apply_to_fakes(module: nn.Module, fn: Callable[[Any], Any], recurse: bool =
     if recurse:
         for child in module.children():
             child._apply(fn)
-    for param in module._parameters.values():
+    for name, param in module._parameters.items():
         if param is not None:
             with torch.no_grad():
                 applied = fn(param)
+                if applied is not param and applied.device != param.device:  # filled in after a start on "meta"
+                    module._parameters[name] = nn.Parameter(applied, param.requires_grad)
+                    continue
                 if applied is not param:
                     param.data = applied
                 if param.grad is not None:
                     param.grad.data = fn(param.grad)
-    for name, buffer in module._buffers.items():
+    for key, buffer in module._buffers.items():
         if buffer is not None:
-            module._buffers[name] = fn(buffer)
+            module._buffers[key] = fn(buffer)
     return module
 
 
@@ -194,12 +201,18 @@ def _is_cuda(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)  # an ordinal
 
 
-class _CudaDevices(TorchFunctionMode):
-    """Turns device arguments that say CUDA into the device of the fake tensors."""
+def _default_is_cuda() -> bool:
+    """Whether ``torch.set_default_device("cuda")`` holds: its mode lies below every other and would act after ours."""
+    return _is_cuda(getattr(torch.utils._device, "CURRENT_DEVICE", None))
+
+
+class CudaDevices(TorchFunctionMode):
+    """Turns device arguments (and a default device) that say CUDA into the CPU, where the fake tensors are."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if "device" in kwargs and _is_cuda(kwargs["device"]):
+        device = kwargs.get("device")
+        if _is_cuda(device) or (device is None and func in _device_constructors() and _default_is_cuda()):
             kwargs = {**kwargs, "device": "cpu"}
         if func is torch.Tensor.to:
             args = (args[0], *("cpu" if _is_cuda(value) else value for value in args[1:]))

@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memadvise.memory.hostvalues import HostValues, attach_value
-from memadvise.memory.semantics import Semantics, check_device, device_semantics, random_state_kept
+from memadvise.memory.semantics import CudaDevices, Semantics, check_device, device_semantics, random_state_kept
 from memadvise.target import Target
 
 
@@ -71,7 +71,7 @@ def fake_session(target: Target, device: str = "cuda", *, batches: int | Sequenc
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_state_kept())
-        real_batches = [own_copy(batch) for batch in (target.batches(batches) if isinstance(batches, int) else batches)]
+        real_batches = [own_copy(batch) for batch in _real_batches(target, device, batches)]
         semantics, patch_libraries = stack.enter_context(device_semantics(device))
 
         def fake(tensor: torch.Tensor) -> torch.Tensor:
@@ -88,6 +88,14 @@ def fake_session(target: Target, device: str = "cuda", *, batches: int | Sequenc
         yield FakeSession(model, fake_batches, semantics, host_values)
 
 
+def _real_batches(target: Target, device: str, batches: int | Sequence[Any]) -> Sequence[Any]:
+    """The target's batches; those that it puts on CUDA stay on the CPU where there is no CUDA."""
+    if not isinstance(batches, int):
+        return batches
+    with CudaDevices() if device == "cuda" and not torch.cuda.is_available() else contextlib.nullcontext():
+        return target.batches(batches)
+
+
 def _on_fakes(model: nn.Module, fake_mode: FakeTensorMode) -> nn.Module:
     """The model itself; or, when it was built before (a global, a cached model), a copy of it on fake tensors."""
     real = {id(t): t for t in (*model.parameters(), *model.buffers()) if not isinstance(t, FakeTensor)}
@@ -95,7 +103,14 @@ def _on_fakes(model: nn.Module, fake_mode: FakeTensorMode) -> nn.Module:
         return model
     memo: dict[int, Any] = {}
     for key, tensor in real.items():
-        fake = fake_mode.from_tensor(tensor.detach())
+        fake = _fake_on_cpu(tensor.detach(), fake_mode)
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[key] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
     return copy.deepcopy(model, memo)
+
+
+def _fake_on_cpu(tensor: torch.Tensor, fake_mode: FakeTensorMode) -> torch.Tensor:
+    """A fake CPU tensor like ``tensor``, wherever that is: on the CPU, on a GPU already, or on "meta"."""
+    if tensor.device.type == "cpu":
+        return fake_mode.from_tensor(tensor)
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")

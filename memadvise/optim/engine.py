@@ -172,6 +172,8 @@ def _set_scalars(works: list[Work], h: Hyper) -> None:
             groups.setdefault((work.method.name, work.state["step"].device), []).append(work)
     for members in groups.values():
         steps = torch.stack([work.state["step"] for work in members]).to(torch.float64)
+        if isinstance(h.lr, Tensor):  # a learning rate on the device stays there: reading it would wait for the device
+            steps = steps.to(h.lr.device, non_blocking=True)
         for name, values in members[0].method.scalars(steps, h).items():
             for work, value in zip(members, values.unbind(), strict=True):
                 work.scalars[name] = value
@@ -184,5 +186,3 @@ def scratch_bytes(resolved: Resolved, p: Tensor, executor: str) -> int:
     if executor == "eager":
         return eager.scratch_bytes(resolved.shape, p.dtype)
     return chunked.scratch_bytes(resolved.method, resolved.options, resolved.shape, p.dtype, device_type(p))
-
-
