@@ -8,6 +8,9 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
+# Threads that wait by spinning slow each other down many times over where cores are shared; torch's do by default.
+export OMP_WAIT_POLICY ?= passive
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types bench clean
 

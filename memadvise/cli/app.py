@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -59,6 +60,8 @@ def _root(
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
+    # Before torch is imported: OpenMP threads that wait by spinning slow a probe down many times where cores are shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.exit(run(args))
 
 
