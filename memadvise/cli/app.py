@@ -60,7 +60,7 @@ def _root(
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
-    # Before torch is imported: OpenMP threads that wait by spinning slow a probe down many times where cores are shared.
+    # Before torch is imported: OpenMP threads that wait by spinning slow a probe many times over on shared cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.exit(run(args))
 
