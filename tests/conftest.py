@@ -6,10 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from memadvise import ledger
 from memadvise.plan.schema import ModelShape, Plan, Rule, Switches
+
+# No test is timed: a busy machine must not fail one. Derandomised, so that a run tells about the code and nothing else.
+hypothesis.settings.register_profile("memadvise", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("memadvise")
 
 GOLDEN = Path(__file__).parent / "golden"
 MIB = 2**20
