@@ -16,7 +16,7 @@ from example_support import Batch, digits, image_batches, mean_loss, train
 from torch import nn
 
 CLASSES, WIDTH, BLOCKS = 10, 96, 6  # 1.0 million parameters
-BATCH_SIZE = 80
+BATCH_SIZE = 128
 
 
 class Block(nn.Module):

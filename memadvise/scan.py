@@ -84,7 +84,8 @@ def run_scan(
             settings={p.name: candidate_settings(p) for p in parameters if p.trainable},
             methods=probe_methods(parameters),
             num_steps=probe.num_steps,
-            optimizer_steps=probe.optimizer_steps,
+            # Who asks for fewer steps wants the answer sooner: no optimizer takes more of them than AdamW.
+            optimizer_steps=min(probe.optimizer_steps, probe.num_steps),
             lr=probe.lr,
             weight_decay=probe.weight_decay,
             betas=probe.betas,

@@ -44,6 +44,8 @@ class HarmTable:
         """Summed harm of ``setting`` over the members of ``group``."""
         if setting == DENSE:
             return Harm(0.0, True, "full second moment")
+        if not group.members:
+            return Harm(0.0, True, "no gradient reaches it: no state")
         values = [self._values.get((member.name, setting.key)) for member in group.members]
         known = [value for value in values if value is not None]
         total = sum(max(value.abs_d1, 0.0) for value in known)

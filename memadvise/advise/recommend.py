@@ -3,13 +3,15 @@
 A state's bytes are alive from the first step on, in every phase. So for one combination of switches the peak of a plan
 is the largest over the phases of (that phase's bytes without optimizer state) + (the plan's state); the knapsack gets
 what the budget leaves. The plan found is then traced as it will run, and the room for state shrinks by what the trace
-shows beyond the arithmetic (scratch, rounding) until the traced peak fits.
+shows beyond the arithmetic (scratch, rounding) until the traced peak fits. Before a budget is called too small, the
+smallest plan of all is traced: its peak is what the answer names, so a budget of that size has a plan.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from memadvise.advise.candidates import DENSE, Group, candidate_settings, make_groups
 from memadvise.advise.harm import Harm, HarmTable
@@ -88,40 +90,50 @@ def recommend(
     """
     before = scan.memory[0]
     groups = make_groups(scan.parameters, _settings_under(scan.parameters, pins, forbidden))
+    sizes = _StateSizes(scan)
     if before.peak_bytes <= budget_bytes and not pins:
-        plan = _plan(scan, groups, [DENSE] * len(groups), Switches(), budget_bytes, ["fits as it is"] * len(groups))
+        dense = [DENSE] * len(groups)
+        plan = _plan(scan, groups, dense, Switches(), budget_bytes, ["fits as it is"] * len(groups), sizes)
         after = trace(plan)
         if after.peak_bytes <= budget_bytes:
             note = "nothing to optimise"
-            return _finished(scan, plan, after, budget_bytes, groups, None, note, needs_compression=False)
+            return _finished(scan, plan, after, budget_bytes, groups, sizes, None, note, needs_compression=False)
     table = HarmTable(scan.probe)
     worst = table.worst_per_element(groups)
-    harms = [[table.of(group, setting, worst) for setting in group.settings] for group in groups]
+    harms = [[table.of(sizes.holders(group), setting, worst) for setting in group.settings] for group in groups]
     options = [
-        [Option(_group_bytes(group, setting), harm.value) for setting, harm in zip(group.settings, row, strict=True)]
+        [Option(sizes.of(group, setting), harm.value) for setting, harm in zip(group.settings, row, strict=True)]
         for group, row in zip(groups, harms, strict=True)
     ]
+
+    def tried(choice: _Choice) -> tuple[MemoryLedger, Callable[[], Recommendation]]:
+        """The traced ledger of a choice, and the recommendation to give if it fits."""
+        picked = [g.settings[o] for g, o in zip(groups, choice.solution.choice, strict=True)]
+        reasons = [row[o].reason for row, o in zip(harms, choice.solution.choice, strict=True)]
+        plan = _plan(scan, groups, picked, choice.switches, budget_bytes, reasons, sizes)
+        after = trace(plan)
+        needed = any(s != DENSE for s in picked) or choice.switches != Switches()
+        return after, lambda: _finished(
+            scan, plan, after, budget_bytes, groups, sizes, (harms, choice.solution), choice.solution.note,
+            needs_compression=needed,
+        )  # fmt: skip
+
     room_lost: dict[int, int] = {}  # per combination of switches: bytes the traces showed beyond the arithmetic
-    smallest: tuple[int, MemoryLedger] | None = None
     for _ in range(_MAX_TRACES * max(1, len(scan.memory))):
         choice = _best(scan, options, budget_bytes, room_lost)
         if choice is None:
             break
-        picked = [g.settings[o] for g, o in zip(groups, choice.solution.choice, strict=True)]
-        reasons = [row[o].reason for row, o in zip(harms, choice.solution.choice, strict=True)]
-        plan = _plan(scan, groups, picked, choice.switches, budget_bytes, reasons)
-        after = trace(plan)
-        if smallest is None or after.peak_bytes < smallest[0]:
-            smallest = (after.peak_bytes, after)
+        after, result = tried(choice)
         if after.peak_bytes <= budget_bytes:
-            return _finished(
-                scan, plan, after, budget_bytes, groups, (harms, choice.solution), choice.solution.note,
-                needs_compression=any(s != DENSE for s in picked) or choice.switches != Switches(),
-            )  # fmt: skip
+            return result()
         index = scan.memory.index(choice.ledger)
         # What this trace shows beyond the arithmetic; the next state is smaller than this one, so the loop ends.
         room_lost[index] = after.peak_bytes - fixed_peak_bytes(choice.ledger) - choice.solution.num_bytes
-    raise _infeasible(scan, options, budget_bytes, smallest)
+    smallest = _smallest(scan, options)
+    after, result = tried(smallest)
+    if after.peak_bytes <= budget_bytes:
+        return result()
+    raise _infeasible(after, smallest.switches, budget_bytes)
 
 
 def _settings_under(
@@ -150,8 +162,35 @@ def _settings_under(
     return settings_of
 
 
-def _group_bytes(group: Group, setting: Setting) -> int:
-    return state_bytes(setting, group.shape) * len(group.members)
+class _StateSizes:
+    """Bytes of optimizer state by group and setting; a parameter that no gradient reaches never gets any state.
+
+    Which those are is seen in the trace of AdamW by memadvise's engine: modules without a byte of state.
+    """
+
+    def __init__(self, scan: Scan) -> None:
+        traced = next((ledger for ledger in scan.memory if ledger.optimizer == ENGINE_ADAMW), None)
+        self._idle: frozenset[str] = frozenset()
+        if traced is not None:
+            self._idle = frozenset(
+                p.name
+                for p in scan.parameters
+                if p.module in traced.by_module and not traced.by_module[p.module].get("optimizer_state")
+            )
+
+    def holders(self, group: Group) -> Group:
+        """The group without the parameters that never hold state; it may be empty."""
+        return replace(group, members=tuple(m for m in group.members if m.name not in self._idle))
+
+    def of(self, group: Group, setting: Setting) -> int:
+        members = self.holders(group).members
+        return state_bytes(setting, group.shape, _dtype(members[0].dtype)) * len(members) if members else 0
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    return getattr(torch, name)
 
 
 def switches_of(ledger: MemoryLedger) -> Switches:
@@ -186,6 +225,17 @@ def _best(scan: Scan, options: list[list[Option]], budget: int, room_lost: Mappi
     return best
 
 
+def _smallest(scan: Scan, options: list[list[Option]]) -> _Choice:
+    """The least state under the switches that leave the least beside it."""
+    picked = [min(range(len(row)), key=lambda o, row=row: (row[o].num_bytes, row[o].harm)) for row in options]  # type: ignore[misc]
+    chosen = [row[o] for row, o in zip(options, picked, strict=True)]
+    harm = sum(option.harm for option in chosen)
+    solution = Solution(tuple(picked), sum(option.num_bytes for option in chosen), harm, harm, True)
+    engine = [ledger for ledger in scan.memory if ledger.optimizer == ENGINE_ADAMW] or [scan.memory[0]]
+    ledger = min(engine, key=lambda ledger: (fixed_peak_bytes(ledger), _time_rank(switches_of(ledger))))
+    return _Choice(ledger, solution, switches_of(ledger))
+
+
 def _plan(
     scan: Scan,
     groups: Sequence[Group],
@@ -193,6 +243,7 @@ def _plan(
     switches: Switches,
     budget: int,
     reasons: Sequence[str],
+    sizes: _StateSizes,
 ) -> Plan:
     """Rules for every parameter: one a pattern where the pattern is unambiguous, ``**`` for what stays dense."""
     setting_of = {m.name: s.key for g, s in zip(groups, picked, strict=True) for m in g.members}
@@ -200,13 +251,13 @@ def _plan(
     for group, setting, reason in zip(groups, picked, reasons, strict=True):
         if setting == DENSE:
             continue
-        saved = _group_bytes(group, DENSE) - _group_bytes(group, setting)
+        saved = sizes.of(group, DENSE) - sizes.of(group, setting)
         text = f"{group.role} {list(group.shape)} x {len(group.members)}: saves {format_bytes(saved)}; {reason}"
         for match in _matching((m.name for m in group.members), setting_of):
             rules.append(Rule(match, setting.method, dict(setting.options), reason=text))
             text = "as above"
     if any(setting == DENSE for setting in picked):
-        rest = "everything else keeps both moments in full" if rules else "nothing needs compressing: plain AdamW"
+        rest = "everything else keeps both moments in full" if rules else "every parameter keeps both moments in full"
         rules.append(Rule("**", DENSE.method, reason=rest))
     trainable = [p for p in scan.parameters if p.trainable]
     shape_of = {p.name: p.shape for p in trainable}
@@ -220,7 +271,7 @@ def _plan(
         switches=switches,
         model=ModelShape(scan.fingerprint, sum(p.numel for p in trainable), shapes),
         budget_bytes=budget,
-        predicted_state_bytes=sum(_group_bytes(g, s) for g, s in zip(groups, picked, strict=True)),
+        predicted_state_bytes=sum(sizes.of(g, s) for g, s in zip(groups, picked, strict=True)),
         device=scan.memory[0].device,
     )
 
@@ -240,6 +291,7 @@ def _finished(
     after: MemoryLedger,
     budget: int,
     groups: Sequence[Group],
+    sizes: _StateSizes,
     solved: tuple[list[list[Harm]], Solution] | None,
     note: str,
     *,
@@ -257,31 +309,45 @@ def _finished(
                 role=group.role,
                 count=len(group.members),
                 setting_key=setting.key,
-                state_bytes_before=_group_bytes(group, DENSE),
-                state_bytes_after=_group_bytes(group, setting),
+                state_bytes_before=sizes.of(group, DENSE),
+                state_bytes_after=sizes.of(group, setting),
                 expected_harm=harm.value if harm.measured else None,
                 reason=harm.reason,
             )
         )
-    explanation = tuple(_explain(before, after, plan, budget, needs_compression))
-    plan = replace(plan, predicted_peak_bytes=after.peak_bytes, notes=explanation)
+    explanation = tuple(_explain(scan, after, plan, budget, needs_compression))
+    plan = replace(
+        plan, predicted_peak_bytes=after.peak_bytes, predicted_state_bytes=after.state_bytes, notes=explanation
+    )
     return Recommendation(
         plan, needs_compression, before, after, budget, budget - after.peak_bytes, tuple(rows), note, explanation
     )
 
 
-def _explain(before: MemoryLedger, after: MemoryLedger, plan: Plan, budget: int, needed: bool) -> list[str]:
+def _explain(scan: Scan, after: MemoryLedger, plan: Plan, budget: int, needed: bool) -> list[str]:
+    before = scan.memory[0]
+    over = before.peak_bytes - budget
+    as_it_stands = (
+        f"{before.optimizer} as it stands peaks at {format_bytes(before.peak_bytes)} in the {before.peak_phase} phase, "
+        + (f"{format_bytes(over)} over the budget" if over > 0 else f"within the budget of {format_bytes(budget)}")
+    )
     if not needed:
         return [
-            f"nothing needs compressing: the step peaks at {format_bytes(before.peak_bytes)} with {before.optimizer}, "
-            f"within the budget of {format_bytes(budget)}"
+            f"nothing needs compressing: AdamW in full, run by memadvise, peaks at {format_bytes(after.peak_bytes)} in "
+            f"the {after.peak_phase} phase, within the budget of {format_bytes(budget)}",
+            as_it_stands,
         ]
-    lines = [
-        f"{before.optimizer} as it stands peaks at {format_bytes(before.peak_bytes)} in the {before.peak_phase} phase, "
-        f"{format_bytes(before.peak_bytes - budget)} over the budget",
+    lines = [as_it_stands]
+    narrow = sorted({p.dtype for p in scan.parameters if p.trainable} & {"bfloat16", "float16"})
+    if over <= 0 and narrow:
+        lines.append(
+            f"a plan needs more than that: for {' and '.join(narrow)} parameters memadvise keeps state in float32, "
+            "torch.optim.AdamW in their own precision"
+        )
+    lines.append(
         f"the plan peaks at {format_bytes(after.peak_bytes)} in the {after.peak_phase} phase; optimizer state "
-        f"{format_bytes(before.state_bytes)} -> {format_bytes(after.state_bytes)}",
-    ]
+        f"{format_bytes(before.state_bytes)} -> {format_bytes(after.state_bytes)}"
+    )
     if plan.switches.checkpoint:
         lines.append(
             f"activations of {', '.join(plan.switches.checkpoint)} are recomputed (checkpointing): about one more "
@@ -295,25 +361,14 @@ def _explain(before: MemoryLedger, after: MemoryLedger, plan: Plan, budget: int,
     return lines
 
 
-def _infeasible(
-    scan: Scan, options: list[list[Option]], budget: int, traced: tuple[int, MemoryLedger] | None
-) -> Infeasible:
+def _infeasible(smallest: MemoryLedger, switches: Switches, budget: int) -> Infeasible:
     """Name the smallest reachable peak, what dominates it, and the way out."""
-    least_state = sum(min(o.num_bytes for o in row) for row in options)
-    engine = [ledger for ledger in scan.memory if ledger.optimizer == ENGINE_ADAMW]
-    ledger = min(engine, key=fixed_peak_bytes, default=scan.memory[0])
-    peak = fixed_peak_bytes(ledger) + least_state
-    if traced is not None and traced[0] <= peak:
-        peak, ledger = traced
-    worst = max(ledger.phases, key=lambda p: p.peak_bytes - p.by_category.get("optimizer_state", 0))
-    parts = {**worst.by_category, "optimizer_state": least_state}
-    largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
-    switches = switches_of(ledger)
+    largest = sorted(smallest.by_category.items(), key=lambda item: -item[1])[:3]
     how = [f"checkpointing {', '.join(switches.checkpoint)}"] if switches.checkpoint else []
     how += [f"{switches.micro_batches} micro-batches"] if switches.micro_batches > 1 else []
     return Infeasible(
-        f"no plan fits {format_bytes(budget)}: the smallest reachable peak is about {format_bytes(peak)}"
-        f" ({' and '.join(how) or 'no switch helps'}, every state compressed), in the {worst.phase} phase,"
+        f"no plan fits {format_bytes(budget)}: the smallest reachable peak is {format_bytes(smallest.peak_bytes)}"
+        f" ({' and '.join(how) or 'no switch helps'}, every state compressed), in the {smallest.peak_phase} phase,"
         " dominated by " + ", ".join(f"{name} {format_bytes(size)}" for name, size in largest),
-        hint=f"raise the budget to {peak} bytes or more, use a smaller batch, or a smaller model",
+        hint=f"raise the budget to {smallest.peak_bytes} bytes or more, use a smaller batch, or a smaller model",
     )

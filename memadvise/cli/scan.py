@@ -33,7 +33,9 @@ def scan(
     device: Annotated[
         Device, typer.Option("--device", help="Whose memory to predict; no such device is needed.")
     ] = Device.cuda,
-    probe_steps: Annotated[int, typer.Option("--probe-steps", min=1, help="AdamW steps of the probe.")] = 60,
+    probe_steps: Annotated[
+        int, typer.Option("--probe-steps", min=1, help="AdamW steps of the probe; each other optimizer takes up to 20.")
+    ] = 60,
     lr: Annotated[float, typer.Option("--lr", help="Learning rate of the probe.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option("--weight-decay", help="Weight decay of the probe.")] = 0.0,
     betas: Annotated[
@@ -62,7 +64,12 @@ def scan(
 
     options: dict[str, Any] = {"batch_size": batch_size, "seq_len": seq_len, "dtype": dtype}
     probe = ProbeOptions(
-        num_steps=probe_steps, lr=lr, weight_decay=weight_decay, betas=betas, seed=seed, hessian=not no_hessian
+        num_steps=probe_steps,
+        lr=lr,
+        weight_decay=weight_decay,
+        betas=betas,
+        seed=seed,
+        hessian=not no_hessian,
     )
     with common.show_progress() as progress:
         result = run_scan(

@@ -46,6 +46,7 @@ PARAMETERS = (
 )
 DENSE_STATE = sum(state_bytes(Setting("adamw"), p.shape) for p in PARAMETERS)
 WEIGHTS = sum(p.num_bytes for p in PARAMETERS)
+LEAST_STATE = sum(min(state_bytes(s, p.shape) for s in candidate_settings(p)) for p in PARAMETERS)
 # Averaging over axis 1 hardly hurts the MLP, axis 0 hurts it ten times more; the head is the most sensitive.
 HARM = {"mlp_up": 1.0, "mlp_down": 2.0, "head": 50.0}
 
@@ -186,8 +187,81 @@ def test_infeasible_names_the_smallest_peak_and_what_dominates() -> None:
     assert "gradients" in text
     assert "hint" in text
     smallest = int("".join(ch for ch in (caught.value.hint or "").split("to ")[1].split(" ")[0] if ch.isdigit()))
-    fits = recommend(scan((Switches(), Switches(1, ("h.*",)))), smallest + SCRATCH, trace=trace)
-    assert fits.after.peak_bytes <= smallest + SCRATCH
+    fits = recommend(scan((Switches(), Switches(1, ("h.*",)))), smallest, trace=trace)
+    assert fits.after.peak_bytes == smallest  # scratch included: it was traced
+    with pytest.raises(Infeasible):
+        recommend(scan((Switches(), Switches(1, ("h.*",)))), smallest - 1, trace=trace)
+
+
+def test_the_smallest_plan_is_tried_when_other_plans_have_more_scratch() -> None:
+    """Scratch that only plans with something left in full have must not rule out the plan without."""
+
+    def traced(plan: Plan) -> MemoryLedger:
+        state = plan_state(plan)
+        return ledger(state, plan.switches, "memadvise plan", SCRATCH if state == LEAST_STATE else 20 * SCRATCH)
+
+    result = recommend(scan(), room(LEAST_STATE), trace=traced)
+    assert result.plan.predicted_state_bytes == LEAST_STATE
+    assert result.margin_bytes == 0
+
+
+def test_nothing_needs_compressing_where_only_the_engine_fits() -> None:
+    """torch's AdamW needs temporaries that memadvise's does not: the plan is AdamW in full, and the text says why."""
+    result = recommend(scan(), room(DENSE_STATE), trace=trace)
+    assert result.before.peak_bytes > result.budget_bytes
+    assert not result.needs_compression
+    assert "nothing needs compressing: AdamW in full, run by memadvise" in result.explanation[0]
+    assert "over the budget" in result.explanation[1]
+
+
+def test_a_pinned_plan_of_what_fits_anyway_is_not_said_to_be_over_the_budget() -> None:
+    result = recommend(scan(), 10**9, trace=trace, pins=[("head.weight", Setting("lion"))])
+    assert "within the budget" in result.explanation[0]
+    assert not any("over the budget" in line for line in result.explanation)
+
+
+def test_state_of_float64_parameters_is_float64() -> None:
+    double = tuple(replace(p, dtype="float64", num_bytes=2 * p.num_bytes) for p in PARAMETERS)
+    result = recommend(replace(scan(), parameters=double), 10**9, trace=trace)
+    assert sum(choice.state_bytes_before for choice in result.groups) == 2 * DENSE_STATE - 4 * len(double)  # step
+
+
+def test_narrow_parameters_that_fit_only_with_narrow_state_are_told_so() -> None:
+    narrow = tuple(replace(p, dtype="bfloat16") for p in PARAMETERS)
+    mine = scan()
+    fits = ledger(DENSE_STATE // 2, optimizer="torch.optim.AdamW")
+    mine = replace(mine, parameters=narrow, memory=(fits, *mine.memory[1:]))
+    result = recommend(mine, room(DENSE_STATE) - 1, trace=trace)
+    assert result.needs_compression
+    assert "within the budget" in result.explanation[0]
+    assert "bfloat16 parameters memadvise keeps state in float32" in result.explanation[1]
+
+
+def test_a_parameter_without_a_gradient_has_no_state_and_does_not_hold_others_back() -> None:
+    """Where the trace shows a module without a byte of state, the bytes and the harm of its parameters are nothing."""
+    mine = scan()
+    assert mine.probe is not None
+    by_module = {p.module: {"weights": p.num_bytes, "optimizer_state": 1} for p in PARAMETERS}
+    by_module["h.1.up.weight"] = {"weights": WEIGHT}
+    probes = tuple(
+        replace(p, fidelity=(), unknown="never received a gradient") if p.name == "h.1.up.weight" else p
+        for p in mine.probe.parameters
+    )
+    engine = replace(ledger(DENSE_STATE - DENSE_BYTES), by_module=by_module)
+    mine = replace(mine, memory=(mine.memory[0], engine), probe=replace(mine.probe, parameters=probes))
+
+    def traced(plan: Plan) -> MemoryLedger:
+        idle = next(r for r in plan.rules if matches(r.match, "h.1.up.weight"))
+        state = plan_state(plan) - state_bytes(Setting(idle.method, idle.options), (ROWS, COLUMNS))
+        return ledger(state, plan.switches, "memadvise plan", SCRATCH)
+
+    mean = state_bytes(Setting("slimadam", {"axes": [1]}), (ROWS, COLUMNS))
+    one_saved = DENSE_STATE - DENSE_BYTES - (DENSE_BYTES - mean)
+    result = recommend(mine, room(one_saved), trace=traced)
+    assert settings(result)["mlp_up"] == "slimadam(axes=[1])"  # still the least sensitive, and one is enough
+    assert settings(result)["mlp_down"] == "adamw"
+    assert result.plan.predicted_state_bytes == one_saved
+    assert sum(choice.state_bytes_after for choice in result.groups) == one_saved
 
 
 def test_unmeasured_parameters_are_compressed_last_and_say_so() -> None:
