@@ -1,17 +1,16 @@
 """The estimated peak of a training step beside the measured one.
 
-    python benchmarks/estimate_accuracy.py [--quick]
+    python benchmarks/estimate_accuracy.py [--quick] [--device cpu|cuda]
 
 On the CPU the measurement is that of torch's allocator events (memadvise.memory.measure). On CUDA it is
 torch.cuda.max_memory_allocated() of the third step, without what stays allocated when the model is gone (workspaces of
-cuBLAS): there the examples run enlarged too, so that a step takes hundreds of MiB.
+cuBLAS); there the workloads run enlarged, so that a step takes hundreds of MiB.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import statistics
 import tempfile
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 from bench_support.cuda import measure_cuda
 from bench_support.output import MIB, machine, table
-from bench_support.workloads import Workload, examples, llama_bf16, optimizers, switches
+from bench_support.workloads import OPTIMIZERS, Workload, examples, llama_bf16, make_optimizer, switches
 
 from memadvise.memory.estimate import estimate
 from memadvise.memory.measure import measure_cpu
@@ -45,14 +44,12 @@ Case = tuple[str, MakeOptimizer, str, Switches]
 
 def cases(target: Target, device: str, *, quick: bool) -> Iterator[Case]:
     """Every optimizer without switches, then every switch with the first optimizer."""
-    makers = optimizers(target, device=device)
-    first = next(iter(makers))
-    changes = switches(target)
-    pairs = [(name, "none") for name in makers] + [(first, name) for name in changes if name != "none"]
+    names, changes = OPTIMIZERS[device], switches(target)
+    pairs = [(name, "none") for name in names] + [(names[0], change) for change in changes if change != "none"]
     if quick:
-        pairs = [(first, "none"), ("memadvise slimadam", "none"), *pairs[-1:]]
+        pairs = [(names[0], "none"), (names[-1], "none"), pairs[-1]]
     for name, change in pairs:
-        yield name, makers[name], change, changes[change]
+        yield name, make_optimizer(name, target), change, changes[change]
 
 
 def compare(workload: Workload, device: str, *, quick: bool) -> Iterator[tuple[list[object], float | None]]:
@@ -89,23 +86,21 @@ def summary(device: str, errors: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Estimated against measured peaks of training steps.")
     parser.add_argument("--quick", action="store_true", help="three cases of two workloads")
-    quick = parser.parse_args().quick
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: both")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     print(machine(), end="\n\n")
     rows: list[list[object]] = []
     sentences = []
-    with tempfile.TemporaryDirectory() as small, tempfile.TemporaryDirectory() as large:
-        own = [*examples(), llama_bf16(Path(small))]
-        enlarged = [*examples(large=True), llama_bf16(Path(large), large=True)] if torch.cuda.is_available() else []
-        for device in ("cpu", "cuda"):
-            workloads = own + (enlarged if device == "cuda" else [])
-            found = itertools.chain.from_iterable(
-                compare(w, device, quick=quick) for w in (workloads[-2:] if quick else workloads)
-            )
+    with tempfile.TemporaryDirectory() as folder:
+        for device in [options.device] if options.device else ["cpu", "cuda"]:
+            large = device == "cuda" and torch.cuda.is_available()
+            workloads = [*examples(large=large), llama_bf16(Path(folder), large=large)]
             errors = []
-            for row, error in found:
-                rows.append(row)
-                errors += [error] if error is not None else []
+            for workload in workloads[-2:] if options.quick else workloads:
+                for row, error in compare(workload, device, quick=options.quick):
+                    rows.append(row)
+                    errors += [error] if error is not None else []
             sentences.append(summary(device, errors))
     print(table(COLUMNS, rows), *sentences, sep="\n")
 

@@ -76,7 +76,7 @@ def _adam_mini_heads(width: int) -> Plan:
     )
 
 
-def methods(dtype: torch.dtype) -> dict[str, MakeOptimizer]:
+def methods(dtype: torch.dtype, width: int = WIDTH) -> dict[str, MakeOptimizer]:
     """Every bundled method, and torch's own implementations."""
     settings = {
         "slimadam axes [1] (row means)": Setting("slimadam", {"axes": [1]}),
@@ -85,7 +85,7 @@ def methods(dtype: torch.dtype) -> dict[str, MakeOptimizer]:
         "adam_mini row": Setting("adam_mini", {"partition": "row"}),
         "adam_mini column": Setting("adam_mini", {"partition": "column"}),
         "adam_mini whole": Setting("adam_mini", {"partition": "whole"}),
-        "adam_mini heads": _adam_mini_heads(WIDTH),
+        "adam_mini heads": _adam_mini_heads(width),
         "lion": Setting("lion"),
         "sgd momentum 0.9": Setting("sgd", {"momentum": 0.9}),
         "sgd momentum 0": Setting("sgd", {"momentum": 0.0}),

@@ -109,19 +109,26 @@ def llama_bf16(folder: Path, *, large: bool = False) -> Workload:
 # ---------------------------------------------------------------- optimizers and switches
 
 
-def optimizers(target: Target, *, device: str) -> dict[str, MakeOptimizer]:
-    """AdamW of torch in the implementations that a user of ``device`` meets, and our engine with a SlimAdam plan."""
+OPTIMIZERS = {
+    "cpu": ("AdamW for-loop", "AdamW fused", "memadvise adamw", "memadvise slimadam"),
+    "cuda": ("AdamW foreach", "AdamW fused", "memadvise adamw", "memadvise slimadam"),
+}
+
+
+def make_optimizer(name: str, target: Target) -> MakeOptimizer:
+    """AdamW of torch in the implementations that users meet, or our engine; ``name`` is one of OPTIMIZERS."""
 
     def adamw(model: nn.Module, **options: bool) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, **options)
 
-    plain = "foreach" if device == "cuda" else "for-loop"
-    return {
-        f"AdamW {plain}": partial(adamw, foreach=device == "cuda"),
-        "AdamW fused": partial(adamw, fused=True),
-        "memadvise adamw": partial(create_optimizer, plan=Setting("adamw"), lr=1e-3),
-        "memadvise slimadam": partial(create_optimizer, plan=slimadam_plan(target), lr=1e-3),
-    }
+    kinds = {"AdamW for-loop": {"foreach": False}, "AdamW foreach": {"foreach": True}, "AdamW fused": {"fused": True}}
+    if name in kinds:
+        return partial(adamw, **kinds[name])
+    if name == "memadvise adamw":
+        return partial(create_optimizer, plan=Setting("adamw"), lr=1e-3)
+    if name == "memadvise slimadam":
+        return partial(create_optimizer, plan=slimadam_plan(target), lr=1e-3)
+    raise KeyError(name)
 
 
 def slimadam_plan(target: Target) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 from memadvise.advise.candidates import candidate_settings
 from memadvise.ledger import ProbeLedger
-from memadvise.memory.device import device_free_bytes
 from memadvise.plan.schema import Setting
 from memadvise.probe.runner import run_probe
 from memadvise.target import Target
@@ -67,7 +67,7 @@ def test_everything_is_measured(device: str) -> None:
         assert parameter.snr
         assert parameter.fidelity
     by_name = {p.name: p for p in ledger.parameters}
-    for name in ("query.weight", "up.weight", "head.weight"):
+    for name in ("query.weight", "up.weight"):
         estimators = {value.estimator for value in by_name[name].hessian}
         assert estimators == {"gradient-covariance", "hessian-vector-products"}, name
     for run in ledger.runs:
@@ -116,7 +116,7 @@ def test_running_out_of_the_devices_memory_is_told_and_ends_nothing(device: str)
         nonlocal calls
         calls += 1
         if calls > 3:
-            torch.empty(4 * device_free_bytes(), dtype=torch.uint8, device=device)
+            torch.empty(1 << 50, dtype=torch.uint8, device=device)  # 1 PiB
         return language_loss(model, batch)
 
     target = replace(on_the_device(device), compute_loss=loss)
@@ -133,8 +133,6 @@ def test_nothing_stays_on_the_device(device: str) -> None:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     probe(on_the_device(device))
-    import gc
-
     gc.collect()
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= before

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from bench_support.cuda import CudaPeak, measure_cuda
-from bench_support.workloads import Workload, examples, llama_bf16, optimizers, switches
+from bench_support.workloads import OPTIMIZERS, Workload, examples, llama_bf16, make_optimizer, switches
 from torch import nn
 
 from memadvise.memory.estimate import estimate
 from memadvise.memory.session import fake_session
+from memadvise.plan.schema import Switches
 from memadvise.target import Target
 
 pytestmark = pytest.mark.gpu
@@ -26,7 +27,6 @@ TOLERANCE, MAX_UNDER = 0.03, 0.02
 SMALL_SLACK_BYTES = 2 * 2**20
 MIB = 2**20
 NAMES = ["cnn_digits", "gpt_text", "llama_hf", "vit_digits"]
-OPTIMIZERS = ["AdamW foreach", "AdamW fused", "memadvise adamw", "memadvise slimadam"]
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +43,10 @@ def workload(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Worklo
 def compare(workload: Workload, optimizer: str, switch: str = "none", *, slack: int = 0) -> CudaPeak:
     """Estimate and measure, print the ratio, hold it."""
     target = workload.make()
-    change = switches(target).get(switch)
+    change = Switches() if switch == "none" else switches(target).get(switch)
     if change is None:
         pytest.skip(f"{workload.name} cannot run with {switch}")
-    make = optimizers(target, device="cuda")[optimizer]
+    make = make_optimizer(optimizer, target)
     ledger = estimate(target, device="cuda", optimizer=make, switches=change)
     measured = measure_cuda(target, optimizer=make, switches=change)
     ratio = ledger.peak_bytes / measured.peak_bytes
@@ -73,7 +73,7 @@ def test_examples_as_they_are(name: str, optimizer: str, workload: Callable[[str
     compare(workload(name), optimizer, slack=SMALL_SLACK_BYTES)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS["cuda"])
 @pytest.mark.parametrize("name", [*(f"{name} (large)" for name in NAMES), "hf llama bf16 (large)"])
 def test_optimizers(name: str, optimizer: str, workload: Callable[[str], Workload]) -> None:
     measured = compare(workload(name), optimizer)

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in about eight minutes: tests/gpu and the benchmarks, from the source tree.
+#
+#   benchmarks/gpu_all.sh [FOLDER]      default: benchmarks/results
+#
+# Writes one text file for each, headed by the machine and the command. PYTHON names the interpreter (torch with CUDA,
+# transformers, typer, rich, pyyaml, nvidia-ml-py, scikit-learn, pytest, hypothesis); nothing needs to be installed.
+# Exit code: 0 when all passed, or when there is no CUDA device and nothing could be measured; 1 otherwise.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+FOLDER=${1:-benchmarks/results}
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=python3
+  [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
+fi
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+
+if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+  echo "not measured: $PYTHON has no torch that sees a CUDA device; run this on a machine with an NVIDIA GPU"
+  exit 0
+fi
+
+MACHINE=$("$PYTHON" - <<'EOF'
+import platform
+
+import torch
+import transformers
+
+from memadvise import __version__
+from memadvise.memory.device import device_facts
+
+for fact in device_facts():
+    total = fact["total_bytes"] / 2**30
+    print(f"gpu:      {fact['name']}, {total:.1f} GiB, driver {fact['driver']} (CUDA {fact['cuda_driver']})")
+print(f"versions: memadvise {__version__}, torch {torch.__version__} (CUDA {torch.version.cuda}, cuDNN "
+      f"{torch.backends.cudnn.version()}), transformers {transformers.__version__}, Python {platform.python_version()}")
+EOF
+)
+mkdir -p "$FOLDER" || exit 1
+FAILED=()
+
+# run NAME SECONDS COMMAND...: its output, headed, in FOLDER/NAME.txt and here
+run() {
+  local name=$1 limit=$2 start=$SECONDS status
+  shift 2
+  {
+    echo "command:  $*"
+    echo "$MACHINE"
+    echo "date:     $(date -u +%Y-%m-%d)"
+    echo
+    timeout --kill-after=5 "$limit" "$@" 2>&1
+    status=$?
+    echo
+    if [ "$status" -eq 124 ]; then echo "stopped after $limit s"; fi
+    echo "exit code $status after $((SECONDS - start)) s"
+    exit "$status"
+  } | tee "$FOLDER/$name.txt"
+  status=${PIPESTATUS[0]}
+  [ "$status" -eq 0 ] || FAILED+=("$name")
+}
+
+run gpu_tests 240 "$PYTHON" -m pytest -m gpu tests/gpu -q -s -p no:cacheprovider
+run gpu_estimate_accuracy 150 "$PYTHON" benchmarks/estimate_accuracy.py --device cuda
+run gpu_step_time 45 "$PYTHON" benchmarks/step_time.py --device cuda
+run gpu_step_time_bf16 45 "$PYTHON" benchmarks/step_time.py --device cuda --dtype bfloat16
+run gpu_trace_scale 80 "$PYTHON" benchmarks/trace_scale.py
+
+echo
+if [ ${#FAILED[@]} -gt 0 ]; then
+  echo "not passed: ${FAILED[*]}; see $FOLDER"
+  exit 1
+fi
+echo "all passed; see $FOLDER"
