@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from memadvise.advise.candidates import DENSE, Group, static_prior
+from memadvise.advise.candidates import DENSE, TOKEN_ROLES, Group, static_prior
 from memadvise.ledger import ParameterProbe, ProbeLedger
 from memadvise.plan.schema import Setting
 
@@ -22,7 +22,8 @@ class HarmTable:
     """Looks harm up in a probe.
 
     Unmeasured tensors are priced above everything measured: per element, the worst measured harm, doubled for
-    settings that the papers' static rules do not recommend. So they are compressed last, and the reason says so.
+    settings that the papers' static rules do not recommend and again for token tables and output heads, the tensors
+    found most sensitive wherever it was measured. So they are compressed last, and the reason says so.
     """
 
     def __init__(self, probe: ProbeLedger | None) -> None:
@@ -54,7 +55,9 @@ class HarmTable:
             return Harm(total, True, f"update turns by at most 1-cos = {worst_cos:.2g}{self._snr_text(group, setting)}")
         prior = setting == static_prior(group.members[0])
         for member, value in zip(group.members, values, strict=True):
-            total += worst * member.numel * (1.0 if prior else 2.0) if value is None else 0.0
+            if value is None:
+                doubtful = (not prior) + (member.role in TOKEN_ROLES)
+                total += worst * member.numel * 2.0**doubtful
         why = next((p.unknown for m in group.members if (p := self._probes.get(m.name)) and p.unknown), "no probe")
         return Harm(total, False, f"not measured ({why}); {'static prior of the papers' if prior else 'no prior'}")
 

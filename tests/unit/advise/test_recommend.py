@@ -290,6 +290,14 @@ def test_without_a_probe_the_papers_prior_decides() -> None:
     assert any("no probe" in c.reason for c in result.groups)
 
 
+def test_without_a_probe_the_head_is_compressed_last() -> None:
+    mean = state_bytes(Setting("slimadam", {"axes": [1]}), (ROWS, COLUMNS))
+    result = recommend(scan(probe=False), room(DENSE_STATE - 4 * (DENSE_BYTES - mean)), trace=trace)
+    assert settings(result)["head"] == "adamw"
+    assert settings(result)["mlp_up"] != "adamw"
+    assert settings(result)["mlp_down"] != "adamw"
+
+
 def test_pins_and_prohibitions() -> None:
     result = recommend(scan(), 10**9, trace=trace, pins=[("h.0.**", Setting("lion"))])
     assert {r.match: r.method for r in result.plan.rules} == {
