@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import memadvise
 from memadvise.advise.candidates import candidate_settings, static_prior
 from memadvise.advise.recommend import ENGINE_ADAMW
-from memadvise.ledger import MemoryLedger, Parameter, Scan
+from memadvise.errors import TargetRaised
+from memadvise.ledger import MemoryLedger, Parameter, ProbeLedger, Scan
 from memadvise.names import glob_escape
 from memadvise.plan.schema import Plan, Rule, Setting, Switches
 from memadvise.switches import batch_size, checkpoint_patterns
@@ -76,23 +77,11 @@ def run_scan(
         ledgers.append(trace_setting(target, Setting("adamw"), device=device, switches=switches, label=ENGINE_ADAMW))
     probed = None
     if probe is not None:
-        from memadvise.probe.runner import run_probe
-
-        probed = run_probe(
-            target,
-            parameters,
-            settings={p.name: candidate_settings(p) for p in parameters if p.trainable},
-            methods=probe_methods(parameters),
-            num_steps=probe.num_steps,
-            # Who asks for fewer steps wants the answer sooner: no optimizer takes more of them than AdamW.
-            optimizer_steps=min(probe.optimizer_steps, probe.num_steps),
-            lr=probe.lr,
-            weight_decay=probe.weight_decay,
-            betas=probe.betas,
-            seed=probe.seed,
-            hessian=probe.hessian,
-            progress=progress,
-        )
+        try:
+            probed = _probe(target, parameters, probe, progress)
+        except TargetRaised as error:
+            error.hint = error.hint or "the trace went through: with --no-probe the scan stops there"
+            raise
     return Scan(
         target=spec,
         target_sha256=target.sha256(),
@@ -102,6 +91,28 @@ def run_scan(
         parameters=parameters,
         memory=tuple(ledgers),
         probe=probed,
+    )
+
+
+def _probe(
+    target: Target, parameters: tuple[Parameter, ...], probe: ProbeOptions, progress: Progress | None
+) -> ProbeLedger:
+    from memadvise.probe.runner import run_probe
+
+    return run_probe(
+        target,
+        parameters,
+        settings={p.name: candidate_settings(p) for p in parameters if p.trainable},
+        methods=probe_methods(parameters),
+        num_steps=probe.num_steps,
+        # Who asks for fewer steps wants the answer sooner: no optimizer takes more of them than AdamW.
+        optimizer_steps=min(probe.optimizer_steps, probe.num_steps),
+        lr=probe.lr,
+        weight_decay=probe.weight_decay,
+        betas=probe.betas,
+        seed=probe.seed,
+        hessian=probe.hessian,
+        progress=progress,
     )
 
 

@@ -163,8 +163,7 @@ def train_step(target: Target, model: Any, batch: Any, optimizer: Any, *, micro_
             loss.backward()
         total = loss.detach() if total is None else total + loss.detach()
         del loss
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    target.optimizer_step(model, optimizer)
     return total
 
 

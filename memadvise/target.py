@@ -137,7 +137,7 @@ class Target:
         import torch
 
         if self.train_step is not None:
-            with self._user_code("train_step(model, batch, optimizer)"):
+            with self._user_code("train_step(model, batch, optimizer)", self._mark("train_step")):
                 result = self.train_step(model, batch, optimizer)
             if isinstance(result, torch.Tensor):
                 return result.detach() if result.numel() == 1 else None
@@ -147,9 +147,28 @@ class Target:
             loss.backward()
         value = loss.detach()
         del loss
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        self.optimizer_step(model, optimizer)
         return value
+
+    def optimizer_step(self, model: Any, optimizer: Any) -> None:
+        """``optimizer.step()``, then the gradients go.
+
+        Raises:
+            TargetError: a gradient is sparse, which no optimizer here takes.
+        """
+        import torch
+
+        try:
+            optimizer.step()
+        except (RuntimeError, MemadviseError) as error:
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                    raise TargetError(
+                        f"the gradient of {name} in {self.spec} is sparse; AdamW and memadvise need dense ones",
+                        hint="leave sparse=True out of the nn.Embedding or EmbeddingBag that owns it",
+                    ) from error
+            raise
+        optimizer.zero_grad(set_to_none=True)
 
     def sha256(self) -> str | None:
         """Hash of the target's source file, None if it has none."""
@@ -163,15 +182,16 @@ class Target:
         return Mark(str(self.path), code.co_firstlineno)
 
     @contextlib.contextmanager
-    def _user_code(self, what: str) -> Iterator[None]:
-        with user_code(f"{what} of {self.spec}", self.path):
+    def _user_code(self, what: str, called: Mark | None = None) -> Iterator[None]:
+        with user_code(f"{what} of {self.spec}", self.path, called):
             yield
 
 
 @contextlib.contextmanager
-def user_code(what: str, path: Path | None = None) -> Iterator[None]:
+def user_code(what: str, path: Path | None = None, called: Mark | None = None) -> Iterator[None]:
     """Run user code: file descriptor 1 and ``sys.stdout`` go to stderr, exceptions become :class:`TargetRaised`.
 
+    A place in the user's file (``path``) is named; ``called`` where the call itself failed, as with missing arguments.
     MemoryError and torch's out-of-memory error pass through, so that a probe can degrade; so does KeyboardInterrupt.
     """
     with stdout_to_stderr():
@@ -187,7 +207,7 @@ def user_code(what: str, path: Path | None = None) -> Iterator[None]:
             if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
                 raise
             message = f"{what} raised {type(error).__name__}: {str(error).strip() or '(no message)'}"
-            raise TargetRaised(message, where=_where(error, path)) from error
+            raise TargetRaised(message, where=_where(error, path) or called) from error
 
 
 @contextlib.contextmanager
@@ -224,7 +244,8 @@ def _where(error: BaseException, path: Path | None) -> Mark | None:
 
 def _kind(value: Any) -> str:
     shape = getattr(value, "shape", None)
-    return f"{type(value).__name__} of shape {tuple(shape)}" if shape is not None else type(value).__name__
+    name = "a tensor" if _is_tensor(value) else type(value).__name__  # under a trace its class is FakeTensor
+    return f"{name} of shape {list(shape)}" if shape is not None else name
 
 
 def _is_tensor(value: Any) -> bool:

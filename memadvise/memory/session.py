@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,7 @@ def fake_session(target: Target, device: str = "cuda", *, batches: int | Sequenc
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_state_kept())
+        stack.enter_context(_failures_unlogged())
         real_batches = [own_copy(batch) for batch in _real_batches(target, device, batches)]
         semantics, patch_libraries = stack.enter_context(device_semantics(device))
 
@@ -86,6 +88,17 @@ def fake_session(target: Target, device: str = "cuda", *, batches: int | Sequenc
         model = _on_fakes(target.model(), fake_mode)
         patch_libraries()
         yield FakeSession(model, fake_batches, semantics, host_values)
+
+
+@contextlib.contextmanager
+def _failures_unlogged() -> Iterator[None]:
+    """Without torch's own traceback in the log when shapes do not fit: what it raises is told in a sentence."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = disabled
 
 
 def _real_batches(target: Target, device: str, batches: int | Sequence[Any]) -> Sequence[Any]:

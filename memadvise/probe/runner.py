@@ -213,6 +213,8 @@ class _Collected:
         if log.problem:
             kept = "the statistics recorded before are kept" if self.recorded else "nothing was recorded before"
             self.warn(f"the AdamW probe ended early: {log.problem}; {kept}")
+        if self.recorded and self.parameters and not self.snr and not self.unknown:
+            self.warn("no parameter ever received a gradient: does train_step call backward() and optimizer.step()?")
         if log.loss_problem:
             self.warn(f"losses are unknown: {log.loss_problem}")
         missing = f"{log.problem}, before anything was recorded" if log.problem and not self.recorded else _NO_GRADIENT

@@ -157,7 +157,7 @@ def test_a_model_that_raises_names_the_line(tmp_path: Path) -> None:
         ("yield torch", "pass; torch", "batches", "returned NoneType, not an iterable"),
         ("for i in range(3):\n        yield", "for i in range(0):\n        yield", "batches", "gave no batch"),
         ("model(batch).square().mean()", "3.0", "loss", "gave float, where a scalar loss is needed"),
-        ("model(batch).square().mean()", "model(batch)", "loss", "gave Tensor of shape (2, 1)"),
+        ("model(batch).square().mean()", "model(batch)", "loss", "gave a tensor of shape [2, 1]"),
         ("model(batch).square().mean()", "model(batch).mean().detach()", "loss", "does not depend on any trainable"),
         ("model(batch).square().mean()", "model(batch[:, :2]).mean()", "loss", "shapes cannot be multiplied"),
     ],
