@@ -158,8 +158,8 @@ def _command(budget: str, scan: Path, output: Path, reserve: str, pins: list[str
 
 def _document(result: Any, budget: str, total: int, held: int) -> dict[str, Any]:
     """The JSON of a recommendation: its own fields, the plan without places in files, and the budget as given."""
-    plan = replace(result.plan, rules=tuple(replace(rule, marks={}) for rule in result.plan.rules))
+    plan = replace(result.plan, rules=tuple(replace(rule, marks={}) for rule in result.plan.rules), marks={})
     document: dict[str, Any] = common.plain(replace(result, plan=plan))
-    for rule in document["plan"]["rules"]:
-        del rule["marks"]
+    for place in (document["plan"], *document["plan"]["rules"]):
+        del place["marks"]
     return {"budget": budget, "total_budget_bytes": total, "reserve_bytes": held, **document}

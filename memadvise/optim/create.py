@@ -191,12 +191,11 @@ def _unmatched(names: list[str], plan: Plan) -> Iterable[MemadviseError]:
     by_pattern: dict[str, list[str]] = {}
     for name in names:
         by_pattern.setdefault(repeat_pattern(name)[0], []).append(name)
-    where = Mark(plan.path, 1) if plan.path else None
     for pattern, members in by_pattern.items():
         more = f" (and {len(members) - 1} more like {pattern})" if len(members) > 1 else ""
         yield OptimizerError(
             f"no rule matches {members[0]}{more}",
-            where=where,
+            where=plan.marks.get("rules"),
             hint=f'add a rule, for example: {{match: "{pattern}", method: adamw}}',
         )
 
@@ -213,7 +212,7 @@ def _other_model(plan: Plan, parameters: Mapping[str, tuple[int, ...]]) -> Itera
         shown = lines[:_SHOWN] + ([f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])
         yield OptimizerError(
             f"the plan was made for another model ({plan.model.fingerprint}): " + "; ".join(shown),
-            where=Mark(plan.path, 1) if plan.path else None,
+            where=plan.marks.get("model"),
             hint="scan this model and recommend again, or remove 'model:' from the plan to use its rules all the same",
         )
 

@@ -71,7 +71,7 @@ def parse_plan(text: str, path: str = "<text>") -> Plan:
     root = compose(source)
     plan = None
     if root is None or (root.kind == "scalar" and root.plain and not root.text):
-        source.problem("the plan is empty", Mark(path, 1), _WRITE_HINT)
+        source.problem("the plan is empty", Mark(path, 1, 1), _WRITE_HINT)
     elif root.kind != "map":
         source.problem(
             f"a plan is a mapping that starts with 'version: 1', found {root.describe()}", root.mark, _WRITE_HINT
@@ -154,6 +154,7 @@ def _plan(source: Source, root: Node) -> Plan | None:
         predicted_peak_bytes=read("predicted_peak_bytes", _integer, None, minimum=0),
         device=read("device", _string, None),
         path=source.path,
+        marks={key: _key_mark(root, key) for key in fields if key in _KEYS},
     )
 
 

@@ -66,7 +66,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole plan file."""
+    """A whole plan file; ``marks`` maps its keys to their places, when it was read from one."""
 
     rules: tuple[Rule, ...]
     switches: Switches = Switches()
@@ -77,4 +77,5 @@ class Plan:
     device: str | None = None
     version: int = PLAN_VERSION
     path: str | None = field(default=None, compare=False)
+    marks: dict[str, Mark] = field(default_factory=dict, compare=False, repr=False)
     notes: tuple[str, ...] = field(default=(), compare=False)

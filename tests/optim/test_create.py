@@ -80,7 +80,8 @@ def test_a_plan_file_with_mistakes_shows_all_of_them_with_their_places(tmp_path:
         create_optimizer(Toy(), path, lr=1e-2)
     text = str(caught.value)
     lines = [problem.where.line for problem in caught.value.problems if problem.where]
-    assert lines == sorted(lines) == [1, 3, 4, 5, 6, 6, 7, 8]
+    assert lines == sorted(lines) == [2, 3, 4, 5, 6, 6, 7, 8]
+    assert all(problem.where.column for problem in caught.value.problems if problem.where)
     for words in (
         "query: the 8 rows of [8, 12] do not divide in 5 heads",
         "there is no method 'slimadm'",
