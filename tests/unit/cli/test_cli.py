@@ -30,7 +30,16 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def start(*args: str, code: str = "", **kwargs: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "memadvise", *args]
     env = {**os.environ, "PYTHONPATH": str(Path(memadvise.__file__).parents[1])}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)  # type: ignore[call-overload, no-any-return]
+    return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
+        command,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job in the background of a shell ignores Ctrl-C, and so would its children: here they must not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **kwargs,
+    )
 
 
 def test_help_and_version(capsys: Capture) -> None:
