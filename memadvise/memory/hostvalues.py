@@ -11,7 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memadvise.errors import TargetError
@@ -22,6 +28,7 @@ _ATTRIBUTE, _IS_ALL = "_memadvise_value", "_memadvise_is_all"
 _aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
 _READ = _aten._local_scalar_dense.default
+_UNSCALE = _aten._amp_foreach_non_finite_check_and_unscale_.default
 _FACTORIES = {
     op: True
     for packet in (_aten.arange, _aten.zeros, _aten.ones, _aten.full, _aten.scalar_tensor, _aten.tril_indices)
@@ -101,9 +108,14 @@ class HostValues(TorchDispatchMode):
             out = func(*args, **kwargs)  # a constant of the program, as in torch.tensor([1, 2])
             attach_value(out, first)
             return out
-        out = func(*args, **kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except (DynamicOutputShapeException, DataDependentOutputException) as error:
+            raise _unknown_shape(func) from error
         if func is _aten.all.default and type(out) is FakeTensor:
             setattr(out, _IS_ALL, True)
+        elif func is _UNSCALE:  # gradients are taken to be finite: a GradScaler makes its step
+            self._attach(args[1], self._real(torch.zeros, (args[1].shape,), {}), None)
         return out
 
     # ------------------------------------------------------------ values
@@ -204,12 +216,7 @@ class HostValues(TorchDispatchMode):
                 return args[0].new_empty((count,))
         values = self._known(args, kwargs)
         if values is None:
-            line = user_line()
-            raise TargetError(
-                f"{line or 'the step'} calls {func}, whose result has a shape that depends on computed numbers; "
-                "without computing them the memory of the step is not known",
-                hint="use an operation of fixed shape (torch.where, masked_fill), or measure on the real machine",
-            )
+            raise _unknown_shape(func)
         real = self._real(func, *values)
         with unset_fake_temporarily():
             reals = real if isinstance(real, list | tuple) else (real,)
@@ -217,6 +224,14 @@ class HostValues(TorchDispatchMode):
         for fake, r in zip(fakes, reals, strict=True):
             attach_value(fake, r)
         return fakes[0] if isinstance(real, torch.Tensor) else tuple(fakes)
+
+
+def _unknown_shape(func: Any) -> TargetError:
+    return TargetError(
+        f"{user_line() or 'the step'} calls {func}, whose result has a shape that depends on computed numbers; "
+        "without computing them the memory of the step is not known",
+        hint="use an operation of fixed shape (torch.where, masked_fill), or measure on the real machine",
+    )
 
 
 def _worth(x: torch.Tensor) -> bool:

@@ -6,7 +6,9 @@ take some are run once per shape on zeros, alone, and the allocator is watched; 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from memadvise.memory.allocator_log import allocator_log
 
 _aten = torch.ops.aten
 _MAX_MEASURED_BYTES = 1 << 27
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def _num_bytes(tensor: torch.Tensor) -> int:
@@ -52,6 +55,41 @@ def _contiguous_copies(*positions: int) -> Callable[[tuple[Any, ...]], list[int]
     return scratch
 
 
+def _elements_bytes(args: tuple[Any, ...]) -> int:
+    return math.prod(torch.broadcast_shapes(args[0].shape, args[1].shape)) * args[0].element_size()
+
+
+# Position of ``reduction`` (0 = none, default 1) among the arguments of losses whose result is a scalar in memory that
+# was made for every element: it is shrunk with "resize_", which keeps the memory (Loss.cpp).
+_KEEPS_ELEMENTS = {
+    _aten.mse_loss.default: 2,
+    _aten.smooth_l1_loss.default: 2,
+    _aten.binary_cross_entropy.default: 3,
+}
+
+
+def _reduces(args: tuple[Any, ...], position: int) -> bool:
+    return bool((args[position] if len(args) > position else 1) != 0)
+
+
+def kept_bytes(func: Any, args: Any) -> int:
+    """Bytes of the memory behind the result of ``func`` where that is more than its elements need; else 0."""
+    position = _KEEPS_ELEMENTS.get(func)
+    return _elements_bytes(args) if position is not None and _reduces(args, position) else 0
+
+
+def _every_element(args: tuple[Any, ...]) -> list[int]:
+    """Losses that are computed for every element and then reduced, ``reduction`` being the third argument."""
+    return [_elements_bytes(args)] if _reduces(args, 2) else []
+
+
+_ANY_DEVICE: dict[Any, Callable[[tuple[Any, ...]], list[int]]] = {
+    _aten.mse_loss.default: _every_element,
+    _aten.smooth_l1_loss.default: _every_element,
+    _aten.huber_loss.default: _every_element,
+    _aten.binary_cross_entropy_with_logits.default: lambda args: [_elements_bytes(args)] * 2,
+    _aten.logsumexp.default: lambda args: [_num_bytes(args[0])],  # exp(x - max)
+}
 _CUDA: dict[Any, Callable[[tuple[Any, ...]], list[int]]] = {
     _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     _aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
@@ -76,6 +114,9 @@ _MEASURED_ON_CPU = {
     _aten.mkldnn_rnn_layer.default,
     _aten.mkldnn_rnn_layer_backward.default,
 }
+_MATRIX_PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default}
+_LSTM = _aten.mkldnn_rnn_layer.default
+_WORKSPACE = 3  # the output of _LSTM that the backward pass reads; fake tensors make it empty
 
 
 class KernelScratch:
@@ -83,7 +124,7 @@ class KernelScratch:
 
     Attributes:
         measured: how many kernels were run to learn their scratch.
-        skipped: how many were too large for that.
+        skipped: how many were too large for that, or would not run on zeros.
     """
 
     def __init__(self, device: str) -> None:
@@ -93,42 +134,68 @@ class KernelScratch:
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> list[int]:
         """Bytes of each scratch block that ``func`` holds while it runs; empty for most operations."""
-        if self._cuda:
-            formula = _CUDA.get(func)
+        formula = _ANY_DEVICE.get(func) or (_CUDA.get(func) if self._cuda else None)
+        if formula is not None or self._cuda:
             return formula(args) if formula is not None else []
-        return self._measure(func, args, kwargs or {}) if func in _MEASURED_ON_CPU else []
+        if func in _MEASURED_ON_CPU or (func in _MATRIX_PRODUCTS and args[-1].dtype in _HALF):
+            scratch = self._learn(func, args, kwargs or {}).scratch
+            return [scratch] if scratch else []
+        return []
 
-    def _measure(self, func: Any, args: Any, kwargs: Any) -> list[int]:
+    def completed(self, func: Any, args: Any, out: Any) -> Any:
+        """``out`` with the sizes that fake tensors leave out: what oneDNN's LSTM keeps for its backward pass."""
+        if func is not _LSTM or self._cuda:
+            return out
+        workspace = self._learn(func, args, {}).workspace
+        return (*out[:_WORKSPACE], out[_WORKSPACE].new_empty(workspace), *out[_WORKSPACE + 1 :])
+
+    def _learn(self, func: Any, args: Any, kwargs: Any) -> _Learned:
         leaves = tree_flatten((args, kwargs))[0]
-        if sum(_num_bytes(x) for x in leaves if isinstance(x, torch.Tensor)) > _MAX_MEASURED_BYTES:
-            self.skipped += 1
-            return []
         key = (func, *(_signature(x) for x in leaves))
-        size = _learned.get(key)
-        if size is None:
+        learned = _learned.get(key)
+        if learned is None:
+            if sum(_num_bytes(x) for x in leaves if isinstance(x, torch.Tensor)) > _MAX_MEASURED_BYTES:
+                self.skipped += 1
+                return _Learned()
+            try:
+                learned = _run_alone(func, args, kwargs)
+            except RuntimeError:  # fake tensors may have other dtypes than the kernel gives and takes
+                self.skipped += 1
+                return _Learned()
             self.measured += 1
-            size = _learned[key] = _run_alone(func, args, kwargs)
-        return [size] if size else []
+            _learned[key] = learned
+        return learned
 
     def assumptions(self) -> list[str]:
         """How the numbers came about, one sentence each."""
         if self._cuda:
             return ["Scratch inside attention and normalisation kernels follows their sources; cuDNN's is not counted."]
-        said = ["Sizes are exact bytes as on the CPU; scratch inside convolution, normalisation and attention kernels "
-                "is what those kernels take on this machine."]  # fmt: skip
+        said = ["Sizes are exact bytes as on the CPU; scratch inside convolution, normalisation, attention and "
+                "half-precision matrix kernels is what those kernels take on this machine."]  # fmt: skip
         if self.skipped:
-            said.append(f"Scratch of {self.skipped} kernels is not counted: they are too large to be tried alone.")
+            said.append(
+                f"Scratch of {self.skipped} kernels is not counted: they are too large to be tried alone, or would not "
+                "run on zeros."
+            )
         return said
 
 
-_learned: dict[Any, int] = {}  # a property of this machine and this torch: kept for the life of the process
+@dataclass(frozen=True)
+class _Learned:
+    """Bytes a kernel takes while it runs, and the bytes of the workspace that the LSTM returns."""
+
+    scratch: int = 0
+    workspace: int = 0
+
+
+_learned: dict[Any, _Learned] = {}  # a property of this machine and this torch: kept for the life of the process
 
 
 def _signature(x: Any) -> Any:
     return (x.dtype, tuple(x.shape), x.stride()) if isinstance(x, torch.Tensor) else repr(x)
 
 
-def _run_alone(func: Any, args: Any, kwargs: Any) -> int:
+def _run_alone(func: Any, args: Any, kwargs: Any) -> _Learned:
     """The most that the allocator holds while ``func`` runs, beyond what it returns."""
 
     def real(x: Any) -> Any:
@@ -136,13 +203,14 @@ def _run_alone(func: Any, args: Any, kwargs: Any) -> int:
             return x
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu").zero_()
 
-    with _disable_current_modes(), torch.no_grad():
+    with _disable_current_modes(), torch.enable_grad():  # without gradients, an LSTM keeps no workspace
         real_args, real_kwargs = tree_map(real, (args, kwargs))
         with allocator_log() as log:
             kept = func(*real_args, **real_kwargs)
+        workspace = _num_bytes(kept[_WORKSPACE]) if func is _LSTM else 0
         del kept  # after the log has closed: what is returned is not scratch
     level = peak = 0
     for size in log.sizes():
         level += size
         peak = max(peak, level)
-    return peak - level
+    return _Learned(peak - level, workspace)

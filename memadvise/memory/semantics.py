@@ -9,6 +9,7 @@ arguments. For ``device="cpu"`` only what building on fake tensors needs is chan
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 import sys
 from collections import Counter
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
@@ -105,7 +107,7 @@ def device_semantics(device: str) -> Iterator[tuple[Semantics, Callable[[], None
     patches = _Patches()
 
     def patch_libraries() -> None:
-        for name, module in list(sys.modules.items()):
+        for name, module in sys.modules.copy().items():  # a copy at once: another thread may be importing
             # transformers asks "is this a fake tensor?" and then keeps masks that a real step never makes.
             if name.startswith("transformers.") and name.endswith(("masking_utils", "modeling_attn_mask_utils")):
                 if "is_tracing" in vars(module):
@@ -114,6 +116,7 @@ def device_semantics(device: str) -> Iterator[tuple[Semantics, Callable[[], None
     with contextlib.ExitStack() as stack:
         stack.callback(patches.undo)
         patches.set(nn.Module, "_apply", _apply_to_fakes)
+        patches.set(torch.Tensor, "__deepcopy__", _deepcopy_fakes(torch.Tensor.__deepcopy__))
         for name, function in list(vars(nn.init).items()):
             if callable(function) and name.endswith("_") and not name.startswith("_"):
                 patches.set(nn.init, name, _leave)  # nobody reads the numbers
@@ -147,6 +150,28 @@ def _is_not_tracing(tensor: Any = None) -> bool:
 
 def _leave(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return tensor
+
+
+def _deepcopy_fakes(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``Tensor.__deepcopy__`` for fakes: torch's own gives a parameter a second storage, and fails for a buffer."""
+
+    def deepcopy(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+        if type(tensor) is not FakeTensor or not tensor.is_leaf:
+            return original(tensor, memo)
+        if id(tensor) in memo:
+            return memo[id(tensor)]  # type: ignore[no-any-return]
+        made = tensor.detach().clone()
+        if isinstance(tensor, nn.Parameter):
+            made = nn.Parameter(made, tensor.requires_grad)
+        elif tensor.requires_grad:
+            made.requires_grad_()
+        memo[id(tensor)] = made
+        for name, value in vars(tensor).items():  # marks that user code leaves on parameters
+            if name not in vars(made):
+                setattr(made, name, copy.deepcopy(value, memo))
+        return made
+
+    return deepcopy
 
 
 def _apply_to_fakes(module: nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> nn.Module:

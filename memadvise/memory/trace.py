@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memadvise.memory.callers import user_line
 from memadvise.memory.events import Storage, Trace
 from memadvise.memory.phases import Phases
-from memadvise.memory.scratch import KernelScratch
+from memadvise.memory.scratch import KernelScratch, kept_bytes
 from memadvise.memory.session import FakeSession, fake_session, map_tensors, tensors_of
 from memadvise.memory.tensors import (
     default_optimizer,
@@ -38,6 +38,18 @@ from memadvise.target import Target
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 _DEVICE = torch.ops.prim.device.default
+_aten = torch.ops.aten
+# Backward formulas that fill zeros in place write a second tensor wherever a dispatch mode looks on (the "composite
+# compliance" branches of FunctionsManual.cpp): indexing, gather, sort, topk, max ... Here they are put back in place.
+_MAKES_ZEROS = {_aten.new_zeros.default, _aten.zeros.default, _aten.zeros_like.default}
+_FILLS_ZEROS = {
+    _aten.index_put.default: _aten.index_put_.default,
+    _aten.index_add.default: _aten.index_add_.default,
+    _aten.scatter_add.default: _aten.scatter_add_.default,
+    _aten.scatter.src: _aten.scatter_.src,
+    _aten.put.default: _aten.put_.default,
+    _aten.masked_scatter.default: _aten.masked_scatter_.default,
+}
 _NUM_STEPS = 2
 _AS_IT_IS = Switches()
 
@@ -101,6 +113,7 @@ class Recorder(TorchDispatchMode):
         self._phases = Phases(session.model, on_phase=self.trace.mark, on_stepped=self._label_state)
         self._owners: dict[torch.Tensor, str] = {}
         self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}
+        self._zeros: weakref.ref[torch.Tensor] | None = None  # what the operation before made, if it made zeros
         # What ran in the forward pass, by autograd sequence number: a node of the backward pass finds its origin.
         self._sequence: list[int] = []
         self._origins: list[tuple[str, str | None]] = []
@@ -195,8 +208,12 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:
             return args[0].fake_device if type(args[0]) is FakeTensor else func(*args)
+        if func in _FILLS_ZEROS and self._phases.phase == "backward" and self._zeros and self._zeros() is args[0]:
+            func = _FILLS_ZEROS[func]
         taken = [self._take_scratch(func, size) for size in self.scratch(func, args, kwargs)]
         out = func(*args, **kwargs) if kwargs else func(*args)
+        out = self.scratch.completed(func, args, out)
+        self._zeros = weakref.ref(out) if func in _MAKES_ZEROS else None
         if isinstance(out, torch.Tensor):
             self._see(out, func, args)
         elif isinstance(out, list | tuple):
@@ -223,7 +240,7 @@ class Recorder(TorchDispatchMode):
         known = self._alive.get(key)
         if known is not None and known[1]() is not None:
             return known[0]
-        size = storage.nbytes()
+        size = max(storage.nbytes(), kept_bytes(func, args))
         if size == 0 or (self._cuda and tensor.ndim == 0 and not (on_device or _on_device(args))):
             return None
         module, where = self._origin() if func is not None else ("", None)
