@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import memadvise
 from memadvise.advise.candidates import candidate_settings, static_prior
 from memadvise.advise.recommend import ENGINE_ADAMW
-from memadvise.errors import TargetRaised
+from memadvise.errors import TargetError, TargetRaised
 from memadvise.ledger import MemoryLedger, Parameter, ProbeLedger, Scan
 from memadvise.names import glob_escape
 from memadvise.plan.schema import Plan, Rule, Setting, Switches
@@ -18,6 +18,7 @@ from memadvise.switches import batch_size, checkpoint_patterns
 from memadvise.target import Target, load_target
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from torch.optim import Optimizer
 
@@ -67,7 +68,7 @@ def run_scan(
     target = load_target(spec, options=target_options)
     report("describing the parameters", 0, 1)
     with fake_session(target, device) as (model, batches):
-        parameters = describe_parameters(model, lambda: target.loss(model, batches[0]))
+        parameters = describe_parameters(model, lambda: _loss(target, model, batches[0]))
         variants = _switch_variants(target, model, batches[0])
     total = len(variants) + 1
     report("tracing one step: AdamW as it stands", 0, total)
@@ -77,6 +78,7 @@ def run_scan(
         ledgers.append(trace_setting(target, Setting("adamw"), device=device, switches=switches, label=ENGINE_ADAMW))
     probed = None
     if probe is not None:
+        target = load_target(spec, options=target_options)  # anew: its globals may hold what a trace left in them
         try:
             probed = _probe(target, parameters, probe, progress)
         except TargetRaised as error:
@@ -113,6 +115,37 @@ def _probe(
         seed=probe.seed,
         hessian=probe.hessian,
         progress=progress,
+    )
+
+
+class _FirstBackward(BaseException):
+    """Leaves a step of the user's where its first backward pass would begin; no ``except Exception`` stops it."""
+
+    def __init__(self, roots: Any) -> None:
+        self.roots = roots
+
+
+def _loss(target: Target, model: nn.Module, batch: Any) -> torch.Tensor:
+    """The loss with its graph. With a ``train_step`` and no ``compute_loss``, what that step first runs backward on."""
+    import torch
+
+    if target.train_step is None or target.compute_loss is not None:
+        return target.loss(model, batch)
+
+    def stop(tensors: Any, *args: Any, **kwargs: Any) -> None:
+        raise _FirstBackward(tensors)
+
+    autograd: Any = torch.autograd
+    run_engine, autograd._engine_run_backward = autograd._engine_run_backward, stop
+    try:
+        target.step(model, batch, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
+    except _FirstBackward as backward:
+        loss: torch.Tensor = backward.roots[0]
+        return loss
+    finally:
+        autograd._engine_run_backward = run_engine
+    raise TargetError(
+        f"train_step(model, batch, optimizer) of {target.spec} runs no backward pass", hint="call loss.backward() in it"
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from memadvise.errors import MemadviseError, TargetError
@@ -136,6 +137,7 @@ def train(
         TargetError: the user's code or the optimizer raised.
     """
     warmup = max(1, len(batches) // 10)
+    guard = optimizer.register_step_pre_hook(_refuse_fakes)
     silent = target.train_step is not None
     try:
         for step, batch in enumerate(batches):
@@ -153,6 +155,7 @@ def train(
             log.num_steps = step + 1
             if after_step is not None:
                 after_step(step)
+            guard.remove()
     except Exception as error:
         if is_out_of_memory(error):
             log.problem = f"out of memory at step {log.num_steps}"
@@ -163,6 +166,16 @@ def train(
             ) from error
         else:
             raise
+
+
+def _refuse_fakes(optimizer: Optimizer, *_: Any) -> None:
+    """The target ran on fake tensors before; one that a global of it kept would turn this run into nothing."""
+    if any(isinstance(p.grad, FakeTensor) for group in optimizer.param_groups for p in group["params"]):
+        raise TargetError(
+            "the target keeps tensors in a global from one run to the next (a GradScaler, say), and those of the "
+            "memory trace hold no numbers",
+            hint="make such objects in build_model(), or name the target as file.py, which is loaded anew",
+        )
 
 
 def fresh(batch: Any) -> Any:
