@@ -34,6 +34,7 @@ from memadvise.probe.training import (
     Snapshot,
     StepTimer,
     TrainingLog,
+    collecting_new_garbage,
     drop_gradients,
     is_out_of_memory,
     private_rng,
@@ -98,7 +99,7 @@ def run_probe(
     collected = _Collected([p for p in parameters if p.trainable], settings, betas, eps, approximate)
     log = TrainingLog()
     runs: list[OptimizerRun] = []
-    with private_rng(seed):
+    with private_rng(seed), collecting_new_garbage():
         try:
             model = target.model()
             batches = target.batches(max(num_steps, optimizer_steps if labelled else 0, 1))
