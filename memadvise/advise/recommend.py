@@ -133,7 +133,7 @@ def recommend(
     after, result = tried(smallest)
     if after.peak_bytes <= budget_bytes:
         return result()
-    raise _infeasible(after, smallest.switches, budget_bytes)
+    raise _infeasible(before, after, smallest.switches, budget_bytes)
 
 
 def _settings_under(
@@ -361,14 +361,20 @@ def _explain(scan: Scan, after: MemoryLedger, plan: Plan, budget: int, needed: b
     return lines
 
 
-def _infeasible(smallest: MemoryLedger, switches: Switches, budget: int) -> Infeasible:
+def _infeasible(before: MemoryLedger, smallest: MemoryLedger, switches: Switches, budget: int) -> Infeasible:
     """Name the smallest reachable peak, what dominates it, and the way out."""
     largest = sorted(smallest.by_category.items(), key=lambda item: -item[1])[:3]
     how = [f"checkpointing {', '.join(switches.checkpoint)}"] if switches.checkpoint else []
     how += [f"{switches.micro_batches} micro-batches"] if switches.micro_batches > 1 else []
+    hint = f"raise the budget to {smallest.peak_bytes} bytes or more, use a smaller batch, or a smaller model"
+    if before.peak_bytes <= budget:  # its state has the parameters' own, narrower dtype
+        hint = (
+            f"{before.optimizer} as it stands peaks at {format_bytes(before.peak_bytes)} and fits: train with that, or "
+            f"raise the budget to {smallest.peak_bytes} bytes or more"
+        )
     return Infeasible(
         f"no plan fits {format_bytes(budget)}: the smallest reachable peak is {format_bytes(smallest.peak_bytes)}"
         f" ({' and '.join(how) or 'no switch helps'}, every state compressed), in the {smallest.peak_phase} phase,"
         " dominated by " + ", ".join(f"{name} {format_bytes(size)}" for name, size in largest),
-        hint=f"raise the budget to {smallest.peak_bytes} bytes or more, use a smaller batch, or a smaller model",
+        hint=hint,
     )

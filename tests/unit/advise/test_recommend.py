@@ -237,6 +237,13 @@ def test_narrow_parameters_that_fit_only_with_narrow_state_are_told_so() -> None
     assert "bfloat16 parameters memadvise keeps state in float32" in result.explanation[1]
 
 
+def test_where_no_plan_fits_but_plain_adamw_does_the_hint_says_so() -> None:
+    mine = scan()
+    fits = ledger(LEAST_STATE // 4, optimizer="torch.optim.AdamW")
+    with pytest.raises(Infeasible, match="torch.optim.AdamW as it stands peaks at .* and fits: train with that"):
+        recommend(replace(mine, memory=(fits, *mine.memory[1:])), fits.peak_bytes, trace=trace)
+
+
 def test_a_parameter_without_a_gradient_has_no_state_and_does_not_hold_others_back() -> None:
     """Where the trace shows a module without a byte of state, the bytes and the harm of its parameters are nothing."""
     mine = scan()
