@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-
 _NODE_LIMIT = 20_000  # seconds for hundreds of groups; ten times as many found nothing better there
 
 

@@ -237,6 +237,14 @@ class MemadviseOptimizer(Optimizer):
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         if indices != list(range(len(indices))):
             raise OptimizerError("the parameters of this optimizer state are not numbered from 0 in order")
+        saved = [name for group in state_dict["param_groups"] for name in group.get("param_names") or ()]
+        names, own = [canonical_name(name) for name in saved], [resolved.name for _, resolved in self._in_order()]
+        if names != own and sorted(names) == sorted(own):  # state goes by position: it would change hands
+            name, other = next(pair for pair in zip(names, own, strict=True) if pair[0] != pair[1])
+            raise OptimizerError(
+                f"this optimizer state has its parameters in another order: {name} where this optimizer has {other}",
+                hint="pass the parameters (or groups) in the order that this checkpoint was trained with",
+            )
         for index, (_, resolved) in enumerate(self._in_order()):
             hint = "make the optimizer with the plan (or options) that this checkpoint was trained with"
             wanted = canonical_key(resolved.setting)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
+import torch
 from torch import Tensor
 
 from memadvise.optim.optimizer import MemadviseOptimizer
@@ -41,3 +43,9 @@ def all_cases() -> tuple[Case, ...]:
 
 def all_settings() -> list[tuple[Case, Setting]]:
     return [(case, setting) for case in all_cases() for setting in case.settings]
+
+
+SETTINGS = all_settings()
+IDS = [setting.key for _, setting in SETTINGS]
+every_setting = pytest.mark.parametrize(("case", "setting"), SETTINGS, ids=IDS)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
