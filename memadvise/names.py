@@ -70,8 +70,8 @@ def repeat_pattern(name: str) -> tuple[str, tuple[int, ...]]:
 
     Names with one pattern are the same place in repeated blocks.
     """
-    numbers = tuple(int(part) for part in name.split(".") if part.isdigit())
-    return ".".join("*" if part.isdigit() else part for part in name.split(".")), numbers
+    numbers = tuple(int(part) for part in name.split(".") if part.isdecimal())
+    return ".".join("*" if part.isdecimal() else part for part in name.split(".")), numbers
 
 
 def shared_patterns(names: Iterable[str]) -> dict[str, list[str]]:
