@@ -61,7 +61,8 @@ def test_an_escaped_name_matches_itself_and_nothing_else(name: str, other: str) 
 def test_repeat_pattern() -> None:
     assert repeat_pattern("h.3.mlp.2.w") == ("h.*.mlp.*.w", (3, 2))
     assert repeat_pattern("conv1.w") == ("conv1.w", ())
-    assert repeat_pattern("by_power.\u00b2.w") == ("by_power.\u00b2.w", ())  # a digit to str.isdigit(), no number to int()
+    squared = "by_power.\u00b2.w"  # a digit to str.isdigit(), no number to int()
+    assert repeat_pattern(squared) == (squared, ())
 
 
 def test_shared_patterns_keep_the_numbers_that_do_not_vary() -> None:
