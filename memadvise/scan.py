@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import memadvise
 from memadvise.advise.candidates import candidate_settings, static_prior
 from memadvise.advise.recommend import ENGINE_ADAMW
-from memadvise.errors import TargetError, TargetRaised
+from memadvise.errors import PlanError, TargetError, TargetRaised
 from memadvise.ledger import MemoryLedger, Parameter, ProbeLedger, Scan
 from memadvise.names import glob_escape
 from memadvise.plan.schema import Plan, Rule, Setting, Switches
@@ -166,15 +166,34 @@ def trace_setting(
 
 
 def plan_tracer(scan: Scan) -> tuple[Callable[[Plan], MemoryLedger], tuple[str, ...]]:
-    """A function that traces the scanned target with a plan, and warnings (the target changed since the scan)."""
-    target = load_target(scan.target, options=scan.target_options)
+    """A function that traces the scanned target with a plan, and warnings (the target changed since the scan).
+
+    Raises:
+        TargetError: the target of the scan is not there any more; so does the function, if it has other parameters.
+    """
+    try:
+        target = load_target(scan.target, options=scan.target_options)
+    except TargetRaised:
+        raise
+    except TargetError as error:
+        raise TargetError(
+            f"the plan is traced on the target of the scan, and {error.message}",
+            where=error.where,
+            hint="run this in the folder where the scan was made, or scan again",
+        ) from error
     warnings = []
     if target.sha256() != scan.target_sha256:
         warnings.append(f"{scan.target} has changed since it was scanned; scan again if the model or its batches did")
     device = scan.memory[0].device
 
     def trace(plan: Plan) -> MemoryLedger:
-        return trace_setting(target, plan, device=device, label="memadvise plan")
+        try:
+            return trace_setting(target, plan, device=device, label="memadvise plan")
+        except PlanError as error:  # the user has not seen this plan: it is the scan that does not fit
+            raise TargetError(
+                f"{scan.target} is not the model that was scanned: {error.problems[0].message}",
+                hint=f"scan it again: memadvise scan {scan.target}",
+            ) from error
 
     return trace, tuple(warnings)
 
