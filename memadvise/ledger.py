@@ -5,10 +5,12 @@ Bytes are integers. Nothing here imports torch: dtypes are their torch names (``
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-import tempfile
+import secrets
+import shutil
 import types
 import typing
 from dataclasses import dataclass, field
@@ -293,28 +295,41 @@ def load_scan(path: str | Path) -> Scan:
 def write_whole(path: str | Path, text: str, *, force: bool = True) -> None:
     """Write a file whole or not at all: a temporary name in the same folder, flushed, then renamed.
 
+    Its permissions are those of the file it replaces, or those any new file would get.
+
     Raises:
-        UsageError: the file exists and ``force`` is False, or the folder cannot be written.
+        UsageError: the file exists and ``force`` is False, it is no regular file, or the folder cannot be written.
     """
     path = Path(path)
+    check_regular(path)
     if not force and path.exists():
         raise UsageError(f"{path} exists already", hint="give another name with -o, or --force to replace it")
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent or ".", prefix=f".{path.name}.", suffix=".tmp", delete=False
-        ) as handle:
-            temporary = handle.name
+        with open(temporary, "x", encoding="utf-8") as handle:
             handle.write(text)
             handle.flush()
             os.fsync(handle.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
-        temporary = None
     except OSError as error:
         raise UsageError(
             f"cannot write {path}: {error.strerror}; what was there before is untouched",
             hint="give a writable file with -o",
         ) from error
     finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        with contextlib.suppress(OSError):  # renamed, or never made
+            temporary.unlink()
+
+
+def check_regular(path: Path) -> None:
+    """Renaming over a device or a pipe would destroy it, and reading one need not end.
+
+    Raises:
+        UsageError: ``path`` exists and is no regular file.
+    """
+    if path.exists() and not path.is_file():
+        raise UsageError(
+            f"{path} is not a regular file", hint="name a file with -o; --format json prints the result on stdout"
+        )

@@ -143,9 +143,12 @@ def check_writable(path: Path, *, force: bool, ours: Callable[[Path], bool], kin
     Raises:
         UsageError: with what to do about it.
     """
+    from memadvise.ledger import check_regular
+
     folder = path.parent
     if path.is_dir():
         raise UsageError(f"{path} is a folder", hint=f"name a file in it, for example -o {path / 'memadvise.out'}")
+    check_regular(path)
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder} to write {path.name} in", hint=f"mkdir -p {folder}")
     if path.exists() and not force and not ours(path):

@@ -432,6 +432,9 @@ def test_other_peoples_files_are_not_overwritten(scanned: Path, tmp_path: Path) 
         assert run.returncode == 2
         assert "--force" in run.stderr
     assert memadvise(tmp_path, "scan", "model.py", "-o", "model.py", "--force").returncode == 2
+    device = memadvise(tmp_path, "scan", "model.py", "-o", "/dev/zero", "--force")
+    assert device.returncode == 2
+    assert "/dev/zero is not a regular file" in device.stderr
     assert (tmp_path / "notes.json").read_text() == '{"mine": 1}'
     assert (tmp_path / "model.py").read_text() == (scanned / "model.py").read_text()
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -159,6 +160,25 @@ def test_write_whole_asks_before_replacing(tmp_path: Path) -> None:
     assert path.read_text() == "mine"
     write_whole(path, "new", force=True)
     assert path.read_text() == "new"
+
+
+def test_write_whole_keeps_permissions(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("a file as any program makes it")
+    fresh, old = tmp_path / "fresh.yaml", tmp_path / "old.yaml"
+    write_whole(fresh, "new")
+    assert fresh.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    old.write_text("old")
+    old.chmod(0o640)
+    write_whole(old, "new")
+    assert (old.read_text(), old.stat().st_mode & 0o777) == ("new", 0o640)
+
+
+def test_write_whole_leaves_devices_alone(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UsageError, match="not a regular file"):
+        write_whole(pipe, "new", force=True)
+    assert pipe.is_fifo()
 
 
 def test_write_whole_into_a_missing_folder(tmp_path: Path) -> None:
