@@ -96,6 +96,10 @@ def trace_step(
         ]
         if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
             trace.assumptions.append("torch.compile is left out: the memory is that of eager execution.")
+        if device == "cuda" and any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            trace.warnings.append(
+                "what cuDNN keeps of recurrent layers for the backward pass is not counted: expect a higher peak."
+            )
         trace.warnings += list(session.host_values.guesses)
         return trace
 

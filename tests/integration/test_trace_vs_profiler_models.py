@@ -216,3 +216,9 @@ def test_a_shape_that_nobody_can_know_is_named_with_its_line():
 
     with pytest.raises(TargetError, match=r"test_trace_vs_profiler_models.py:\d+ calls aten._ctc_loss.*shape"):
         estimate(Target(build_model=Speech, build_batches=batches), device="cpu")
+
+
+def test_what_cudnn_keeps_is_said_to_be_missing():
+    assert any("cuDNN keeps of recurrent layers" in warning for warning in estimate(TARGETS["lstm"]).warnings)
+    assert not estimate(TARGETS["lstm"], device="cpu").warnings
+    assert not estimate(TARGETS["encoder"]).warnings
