@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import memadvise
 from memadvise.advise.candidates import candidate_settings, static_prior
 from memadvise.advise.recommend import ENGINE_ADAMW
-from memadvise.errors import PlanError, TargetError, TargetRaised
+from memadvise.errors import MemadviseError, PlanError, TargetError, TargetRaised
 from memadvise.ledger import MemoryLedger, Parameter, ProbeLedger, Scan
 from memadvise.names import glob_escape
 from memadvise.plan.schema import Plan, Rule, Setting, Switches
-from memadvise.switches import batch_size, checkpoint_patterns
+from memadvise.switches import batch_size, checkpoint_patterns, split_batch
 from memadvise.target import Target, load_target
 
 if TYPE_CHECKING:
@@ -73,17 +74,32 @@ def run_scan(
     total = len(variants) + 1
     report("tracing one step: AdamW as it stands", 0, total)
     ledgers = [estimate(target, device=device)]
+    changed: str | None = None  # why micro-batches are no option
     for done, switches in enumerate(variants, start=1):
+        if changed and switches.micro_batches > 1:
+            continue
         report(f"tracing one step: {_describe(switches)}", done, total)
-        ledgers.append(trace_setting(target, Setting("adamw"), device=device, switches=switches, label=ENGINE_ADAMW))
+        try:
+            ledger = trace_setting(target, Setting("adamw"), device=device, switches=switches, label=ENGINE_ADAMW)
+        except TargetError as error:
+            if switches.micro_batches == 1:
+                raise
+            changed = f"micro-batches are not offered: a part of a batch does not run ({error.message})"
+        else:
+            ledgers.append(ledger)
     probed = None
     if probe is not None:
         target = load_target(spec, options=target_options)  # anew: its globals may hold what a trace left in them
         try:
+            if any(ledger.micro_batches > 1 for ledger in ledgers):
+                changed = _micro_batches_change(target)
             probed = _probe(target, parameters, probe, progress)
         except TargetRaised as error:
             error.hint = error.hint or "the trace went through: with --no-probe the scan stops there"
             raise
+    if changed:
+        ledgers = [ledger for ledger in ledgers if ledger.micro_batches == 1]
+        ledgers[0] = replace(ledgers[0], warnings=(*ledgers[0].warnings, changed))
     return Scan(
         target=spec,
         target_sha256=target.sha256(),
@@ -115,6 +131,35 @@ def _probe(
         seed=probe.seed,
         hessian=probe.hessian,
         progress=progress,
+    )
+
+
+def _micro_batches_change(target: Target) -> str | None:
+    """Why micro-batches would change what is learned: the loss of a batch is not the mean of its halves' losses.
+
+    So it is with contrastive losses, sums, tokens that are not counted, a first dimension that is time or nodes.
+    None where they agree, or where nothing can be said (the probe meets the same trouble and tells).
+    """
+    import torch
+
+    from memadvise.probe.training import fresh
+
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices=devices):
+        try:
+            model = target.model().eval()  # no dropout
+            batch = target.batches(1)[0]
+            whole = target.loss(model, fresh(batch)).item()
+            parts = [target.loss(model, part).item() for part in split_batch(batch, 2)]
+        except (MemadviseError, MemoryError, RuntimeError):
+            return None
+    narrow = any(p.dtype.itemsize < 4 for p in model.parameters())
+    mean = sum(parts) / len(parts)
+    if not math.isfinite(whole) or math.isclose(mean, whole, rel_tol=2e-2 if narrow else 1e-3, abs_tol=1e-6):
+        return None
+    return (
+        f"micro-batches are not offered: the loss of a batch, {whole:.4g}, is not the mean of its halves' losses, "
+        f"{mean:.4g}, so accumulated gradients would differ"
     )
 
 

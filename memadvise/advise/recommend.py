@@ -354,8 +354,10 @@ def _explain(scan: Scan, after: MemoryLedger, plan: Plan, budget: int, needed: b
             "forward pass a step, the same gradients; call memadvise.apply_checkpoint(model, plan.switches.checkpoint)"
         )
     if plan.switches.micro_batches > 1:
+        checked = "checked" if scan.probe else "not checked without a probe"
         lines.append(
-            f"each batch runs as {plan.switches.micro_batches} micro-batches with accumulated gradients; "
+            f"each batch runs as {plan.switches.micro_batches} micro-batches with accumulated gradients, the same "
+            f"gradient where the loss is a mean over samples ({checked}); "
             "use memadvise.split_batch(batch, plan.switches.micro_batches)"
         )
     return lines

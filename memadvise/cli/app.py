@@ -60,6 +60,7 @@ def _root(
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
+    common.state.own_process = True
     # Before torch is imported: OpenMP threads that wait by spinning slow a probe many times over on shared cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.exit(run(args))
@@ -87,7 +88,7 @@ def run(args: Sequence[str] | None = None) -> int:
 
 
 def _interrupted() -> int:
-    print("\ninterrupted; no file was left half written", file=sys.stderr)
+    print(common.INTERRUPTED, end="", file=sys.stderr)
     return 130
 
 

@@ -7,8 +7,10 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -48,14 +50,19 @@ NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress on 
 
 @dataclass
 class _State:
-    """How this run of the command line talks; set by the command, read where exceptions become exit codes."""
+    """How this run of the command line talks; set by the command, read where exceptions become exit codes.
+
+    ``own_process``: nothing but the command line runs in this process, so it may end it.
+    """
 
     format: Format = Format.text
     quiet: bool = False
     verbosity: int = 0
     progress: bool = True
+    own_process: bool = False
 
 
+INTERRUPTED = "\ninterrupted; no file was left half written\n"
 state = _State()
 
 
@@ -160,6 +167,30 @@ def check_writable(path: Path, *, force: bool, ours: Callable[[Path], bool], kin
         raise UsageError(
             f"cannot write in the folder {folder}: {error.strerror}", hint="give a file in a writable folder with -o"
         ) from error
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """While inside, Ctrl-C ends the process at once with exit code 130; files are written outside, whole.
+
+    The exception that Python raises otherwise comes at any bytecode. In a callback of torch's C++ that must not raise,
+    of which a trace has many, it is an abort: one Ctrl-C in eight, as tried.
+    """
+    ours = state.own_process and threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def leave(*_: Any) -> None:
+        # Not through sys.stderr, which may be in the middle of a write. A terminal gets its cursor back from the bar.
+        os.write(2, (("\r\x1b[2K\x1b[?25h" if sys.stderr.isatty() else "") + INTERRUPTED).encode())
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager

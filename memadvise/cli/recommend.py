@@ -72,7 +72,7 @@ def recommend(
     from memadvise.advise.recommend import recommend as solve
     from memadvise.scan import plan_tracer
 
-    with common.show_progress() as progress:
+    with common.interruptible(), common.show_progress() as progress:
         progress("loading the target", 0, 1)
         trace, warnings = plan_tracer(scanned)
         for warning in warnings:

@@ -71,7 +71,7 @@ def scan(
         seed=seed,
         hessian=not no_hessian,
     )
-    with common.show_progress() as progress:
+    with common.interruptible(), common.show_progress() as progress:
         result = run_scan(
             target,
             target_options={name: value for name, value in options.items() if value is not None},
