@@ -497,8 +497,10 @@ def test_a_read_only_folder_is_noticed_before_the_work(scanned: Path, tmp_path: 
     assert "mkdir -p no/such" in missing.stderr
 
 
-def test_ctrl_c_in_the_probe_leaves_no_file(tmp_path: Path) -> None:
-    write(tmp_path, WHEN_REAL.format(what="import time; time.sleep(0.2)"))
+@pytest.mark.parametrize("phase", ["tracing one step: AdamW as it stands", "probing: AdamW"])
+def test_ctrl_c_leaves_no_file(phase: str, tmp_path: Path) -> None:
+    slow = "loss_as_before = compute_loss\ndef compute_loss(*args):\n    import time; time.sleep(0.2)\n"
+    write(tmp_path, slow + "    return loss_as_before(*args)")
     (tmp_path / "memadvise.scan.json").write_text(before := '{"schema_version": 1, "fingerprint": "", "memory": []}')
     process = subprocess.Popen(
         [sys.executable, "-m", "memadvise", "scan", "model.py", "--device", "cpu"],
@@ -508,7 +510,7 @@ def test_ctrl_c_in_the_probe_leaves_no_file(tmp_path: Path) -> None:
     )  # fmt: skip
     assert process.stderr is not None
     for line in process.stderr:
-        if line == "probing: AdamW ...\n":
+        if line == f"{phase} ...\n":
             break
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
