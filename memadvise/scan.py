@@ -89,10 +89,11 @@ def run_scan(
             ledgers.append(ledger)
     probed = None
     if probe is not None:
-        target = load_target(spec, options=target_options)  # anew: its globals may hold what a trace left in them
         try:
+            # Loaded anew each time: its globals may hold what a trace left in them, or count the calls.
             if any(ledger.micro_batches > 1 for ledger in ledgers):
-                changed = _micro_batches_change(target)
+                changed = _micro_batches_change(load_target(spec, options=target_options))
+            target = load_target(spec, options=target_options)
             probed = _probe(target, parameters, probe, progress)
         except TargetRaised as error:
             error.hint = error.hint or "the trace went through: with --no-probe the scan stops there"
