@@ -60,10 +60,13 @@ def _root(
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
-    common.state.own_process = True
     # Before torch is imported: OpenMP threads that wait by spinning slow a probe many times over on shared cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    sys.exit(run(args))
+    common.state.own_process = True
+    try:
+        sys.exit(run(args))
+    finally:
+        common.state.own_process = False
 
 
 def run(args: Sequence[str] | None = None) -> int:
