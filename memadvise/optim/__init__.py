@@ -9,16 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memadvise.optim.classes import SGD, AdamMini, AdamW, Lion, SlimAdam
+    from memadvise.optim.classes.adam import AdamMini, AdamW, SlimAdam
+    from memadvise.optim.classes.first_order import SGD, Lion
     from memadvise.optim.create import bind_plan, create_optimizer
     from memadvise.optim.optimizer import MemadviseOptimizer
 
 _LAZY = {
-    "AdamMini": "classes",
-    "AdamW": "classes",
-    "Lion": "classes",
-    "SGD": "classes",
-    "SlimAdam": "classes",
+    "AdamMini": "classes.adam",
+    "AdamW": "classes.adam",
+    "Lion": "classes.first_order",
+    "SGD": "classes.first_order",
+    "SlimAdam": "classes.adam",
     "MemadviseOptimizer": "optimizer",
     "bind_plan": "create",
     "create_optimizer": "create",

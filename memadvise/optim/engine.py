@@ -17,8 +17,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from memadvise.errors import OptimizerError
 from memadvise.optim.executors import chunked, eager, fused
 from memadvise.optim.executors.work import Work
-from memadvise.optim.method import Hyper, Method, Options, Shape, StateSpec, Tensors, compute_dtype, device_type
-from memadvise.optim.registry import parse_options, validate
+from memadvise.optim.method import Hyper, Shape, StateSpec, Tensors, device_type, read
+from memadvise.optim.noise import key_of
+from memadvise.optim.recipe import Recipe, make_recipe
+from memadvise.optim.registry import parse_setting, validate
 from memadvise.plan.schema import Setting
 
 EXECUTORS = ("eager", "chunked", "fused")
@@ -31,9 +33,13 @@ class Resolved:
     name: str
     shape: Shape
     setting: Setting
-    method: Method
-    options: Options
-    specs: dict[str, StateSpec]
+    recipe: Recipe
+    key: int
+
+    @property
+    def specs(self) -> dict[str, StateSpec]:
+        """The state as it is stored."""
+        return self.recipe.specs
 
 
 def resolve(name: str, p: Tensor, setting: Setting) -> Resolved:
@@ -49,13 +55,16 @@ def resolve(name: str, p: Tensor, setting: Setting) -> Resolved:
         raise OptimizerError(f"{name} has dtype {p.dtype}, which no method here can step", hint=hint)
     shape = tuple(p.shape)
     validate(setting, shape, name=name)
-    method, options = parse_options(setting)
-    return Resolved(name, shape, setting, method, options, method.spec(shape, options, compute_dtype(p.dtype)))
+    parsed = parse_setting(setting)
+    recipe = make_recipe(parsed.method, parsed.options, shape, p.dtype, parsed.compose)
+    if problem := recipe.form.problem(p):
+        raise OptimizerError(f"{name}: {problem}", hint="leave 'weights' out for it")
+    return Resolved(name, shape, setting, recipe, key_of(parsed.compose.seed, name))
 
 
 def choose_executor(resolved: Resolved, p: Tensor, forced: str | None) -> str:
     """``fused`` where it is the same arithmetic, else ``chunked``; ``eager`` for tensor subclasses such as DTensor."""
-    if forced == "fused" and not fused.supports(resolved.method, p):
+    if forced == "fused" and not fused.supports(resolved.recipe, p):
         dtype = str(p.dtype).removeprefix("torch.")
         raise OptimizerError(
             f"{resolved.name} ({resolved.setting.key}, {dtype}) cannot use the fused executor",
@@ -64,8 +73,14 @@ def choose_executor(resolved: Resolved, p: Tensor, forced: str | None) -> str:
     if forced is not None:
         return forced
     if _is_subclass(p):
+        recipe = resolved.recipe
+        if not recipe.method.sharded or recipe.coded or recipe.form.noisy:
+            raise OptimizerError(
+                f"{resolved.name} is a {type(p).__name__}, which {resolved.setting.key} cannot step yet",
+                hint="use adamw, slimadam, adam_mini, lion or sgd with full moments for sharded parameters",
+            )
         return "eager"  # the pure functions follow the subclass's own rules; boxes and raw memory do not
-    return "fused" if fused.supports(resolved.method, p) else "chunked"
+    return "fused" if fused.supports(resolved.recipe, p) else "chunked"
 
 
 def _is_subclass(p: Tensor) -> bool:
@@ -90,9 +105,9 @@ def step_device(p: Tensor, executor: str) -> torch.device:
 
 
 def _zeros(resolved: Resolved, p: Tensor, name: str, spec: StateSpec, executor: str) -> Tensor:
-    if name == "step":
-        return torch.zeros((), dtype=spec.dtype, device=step_device(p, executor))
-    if spec.elementwise:
+    if spec.host:
+        return torch.zeros(spec.shape, dtype=spec.dtype, device=step_device(p, executor))
+    if spec.elementwise and spec.shape == tuple(p.shape):
         return torch.zeros_like(p, dtype=spec.dtype, requires_grad=False)
     if not _is_subclass(p):
         return torch.zeros(spec.shape, dtype=spec.dtype, device=p.device)
@@ -144,19 +159,30 @@ def check_gradient(resolved: Resolved, p: Tensor, g: Tensor) -> None:
 def run(items: Sequence[tuple[Resolved, Tensor, Tensor, Tensors]], h: Hyper, forced: str | None) -> None:
     """Step the parameters of one group: ``items`` are (resolved, p, g, state), with state already made."""
     buckets: dict[str, list[Work]] = {name: [] for name in EXECUTORS}
+    copied: list[tuple[Tensor, Tensor]] = []
     for resolved, p, g, state in items:
         g = g if g.dtype == p.dtype else g.to(p.dtype)  # only with torch's newer grad_dtype can they differ
-        work = Work(p, g, state, resolved.method, resolved.options, resolved.specs, {})
-        executor = choose_executor(resolved, p, forced)
+        executor, recipe = choose_executor(resolved, p, forced), resolved.recipe
+        seen = p
+        if recipe.view != resolved.shape:
+            if p.is_contiguous():
+                seen = p.view(recipe.view)
+            else:  # a convolution in channels_last that is a matrix here
+                seen = p.reshape(recipe.view)
+                copied.append((p, seen))
+            g = g.reshape(recipe.view)
+        work = Work(seen, g, state, recipe, key=resolved.key)
         if executor == "fused" and not fused.aligned(work):
             executor = "chunked"
         buckets[executor].append(work)
     works = [work for bucket in buckets.values() for work in bucket]
-    _advance([work for work in works if "step" in work.specs])
+    _advance([work for work in works if "step" in work.recipe.specs])
     _set_scalars(buckets["chunked"] + buckets["eager"], h)
     for name, module in (("fused", fused), ("chunked", chunked), ("eager", eager)):
         if buckets[name]:
             module.step(buckets[name], h)
+    for p, seen in copied:
+        p.copy_(seen.view(p.shape))
 
 
 def _advance(works: list[Work]) -> None:
@@ -168,13 +194,16 @@ def _set_scalars(works: list[Work], h: Hyper) -> None:
     """Bias corrections of many parameters at once: a vector of steps, a few operations for all of them."""
     groups: dict[tuple[str, torch.device], list[Work]] = {}
     for work in works:
-        if "step" in work.specs:
-            groups.setdefault((work.method.name, work.state["step"].device), []).append(work)
+        if "step" in work.recipe.specs:
+            groups.setdefault((work.recipe.method.name, work.state["step"].device), []).append(work)
     for members in groups.values():
         steps = torch.stack([work.state["step"] for work in members]).to(torch.float64)
+        for work in members:
+            if work.state["step"].device.type == "cpu":  # elsewhere it would have to be waited for
+                work.step = int(read(work.state["step"], 1))
         if isinstance(h.lr, Tensor):  # a learning rate on the device stays there: reading it would wait for the device
             steps = steps.to(h.lr.device, non_blocking=True)
-        for name, values in members[0].method.scalars(steps, h).items():
+        for name, values in members[0].recipe.method.scalars(steps, h).items():
             for work, value in zip(members, values.unbind(), strict=True):
                 work.scalars[name] = value
 
@@ -184,5 +213,6 @@ def scratch_bytes(resolved: Resolved, p: Tensor, executor: str) -> int:
     if executor == "fused":
         return 0
     if executor == "eager":
-        return eager.scratch_bytes(resolved.shape, p.dtype)
-    return chunked.scratch_bytes(resolved.method, resolved.options, resolved.shape, p.dtype, device_type(p))
+        return eager.scratch_bytes(resolved.recipe)
+    copy = 0 if resolved.recipe.view == resolved.shape or p.is_contiguous() else 2 * p.numel() * p.itemsize
+    return copy + chunked.scratch_bytes(resolved.recipe, device_type(p))

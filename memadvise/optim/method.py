@@ -1,17 +1,18 @@
 """The contract of a method: a state spec and pure functions of plain tensor math.
 
-A method knows nothing of devices, chunks, dtypes of parameters, param_groups or files, and does nothing in place.
-The engine calls, per parameter and step::
+A method knows nothing of devices, chunks, codecs, param_groups or files, and does nothing in place. Per parameter and
+step the engine calls::
 
-    scalars = method.scalars(step, h)               bias corrections; vectorised over many parameters' steps
-    sums    = method.stats(g, ...)                  over boxes (row chunks, shards): results are SUMS and just add up
-    small, state = method.finish(sums, ...)         factor-sized work, once a round
-    p, state     = method.apply(p, g, small, ...)   per box, element-wise or broadcast
+    scalars    = method.scalars(step, h)             bias corrections; vectorised over many parameters' steps
+    small, new = method.prepare(visit, state, ctx)   factor-sized work; ``visit`` shows it the gradient, box by box
+    u, state   = method.update(part, ctx)            per box, element-wise or broadcast; the engine then moves p by -u
 
-A method with several passes over the gradient (a randomised factorisation, say) has several rounds: what ``finish``
-returns as ``small`` reaches ``stats`` of the next round. All tensors a method sees are float32, or float64 for float64
-parameters. State is of two kinds: element-wise tensors have the parameter's shape and change in ``apply``, the others
-are factor-sized and change in ``finish``.
+``visit(round_, small, shapes)`` calls ``method.stats`` on every box (row chunks, shards) and returns the total: results
+are SUMS and just add up. Most methods leave ``prepare`` alone and give ``stats`` and ``finish`` for a fixed number of
+rounds; one whose passes depend on what it finds (an adaptive rank, say) writes its own loop.
+
+All tensors a method sees are float32, or float64 for float64 parameters. State is of two kinds: element-wise tensors
+have the (viewed) parameter's shape and change in ``update``, the others are factor-sized and change in ``prepare``.
 """
 
 from __future__ import annotations
@@ -19,16 +20,22 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from memadvise.optim.noise import key_of
 
 Shape = tuple[int, ...]
 Box = tuple[slice, ...]
 Tensors = dict[str, Tensor]
+Round = int | str
+Visit = Callable[[Round, Tensors, dict[str, Shape]], Tensors]
 
 _assumed_device: contextvars.ContextVar[str | None] = contextvars.ContextVar("assumed_device", default=None)
 
@@ -48,23 +55,37 @@ def assume_device(kind: str | None) -> Iterator[None]:
         _assumed_device.reset(token)
 
 
+def read(tensor: Tensor, otherwise: float) -> float:
+    """The number in ``tensor``; ``otherwise`` where there is none to be read (a trace's fake tensor, "meta").
+
+    On a GPU this waits for the device: only for decisions that cannot be made there, and not at every step.
+    """
+    if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
+        return otherwise
+    return tensor.item()
+
+
 @dataclass(frozen=True)
 class StateSpec:
     """One state tensor: ``shape``, ``dtype``; its bytes are ``numel * itemsize``, known before allocation.
 
-    ``elementwise``: it has the parameter's shape, is cut like it and changes in ``apply``.
+    ``elementwise``: it has the parameter's (viewed) shape, is cut like it and changes in ``update``.
+    ``moment``: "first" or "second" where a codec may hold it in fewer bits. ``host``: a number that steers the
+    computation and lives on the CPU, like the step.
     """
 
     shape: Shape
     dtype: torch.dtype = torch.float32
     elementwise: bool = False
+    moment: str | None = None
+    host: bool = False
 
     @property
     def num_bytes(self) -> int:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-STEP = StateSpec(())  # as in torch.optim.AdamW: a 0-dim float32 tensor, 4 bytes
+STEP = StateSpec((), host=True)  # as in torch.optim.AdamW: a 0-dim float32 tensor, 4 bytes
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -106,6 +127,53 @@ class Options:
     """Base of a method's options: frozen, validated in ``__post_init__`` with :class:`OptionProblem`."""
 
 
+@dataclass(frozen=True)
+class Context:
+    """What a method may know of the parameter and the moment, beside tensors.
+
+    Attributes:
+        h: the hyper-parameters of its group.
+        options: its own options.
+        shape: the (viewed) shape of the parameter, or of the box that is stepped for itself.
+        scalars: what :meth:`Method.scalars` gave, 0-dim tensors.
+        key: a hash of the seed and the parameter's name, for :mod:`memadvise.optim.noise`.
+        step: 1, 2, ... on the host, if the method has a "step" in its spec, else 0; 1 in a trace.
+        start: the number of the box's first element within the parameter, row-major.
+    """
+
+    h: Hyper
+    options: Any
+    shape: Shape
+    scalars: Tensors
+    key: int = 0
+    step: int = 0
+    start: int = 0
+
+    def key_for(self, *parts: int | str) -> int:
+        """A key of its own for each purpose (and epoch)."""
+        return key_of(self.key, *parts)
+
+
+class Part:
+    """One box: its gradient, what ``prepare`` gave cut to it, and lazily its weights and decoded element-wise state."""
+
+    def __init__(
+        self, g: Tensor, small: Tensors, box: Box, load_p: Callable[[], Tensor], load_state: Callable[[], Tensors]
+    ) -> None:
+        self.g, self.small, self.box = g, small, box
+        self._load_p, self._load_state = load_p, load_state
+
+    @cached_property
+    def p(self) -> Tensor:
+        """The weights before the step; not to be changed."""
+        return self._load_p()
+
+    @cached_property
+    def state(self) -> Tensors:
+        """The element-wise state before the step; not to be changed."""
+        return self._load_state()
+
+
 def broadcast_part(tensor: Tensor, box: Box) -> Tensor:
     """The part of ``tensor`` that meets ``box``: axes of size 1, and tensors of another rank, are taken whole."""
     if tensor.ndim != len(box):
@@ -116,6 +184,11 @@ def broadcast_part(tensor: Tensor, box: Box) -> Tensor:
 def is_int(value: Any) -> bool:
     """An int that is not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """A finite int or float that is not a bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 class Method(ABC):
@@ -129,55 +202,92 @@ class Method(ABC):
     bytes_help: ClassVar[str]
     default_lr: ClassVar[float] = 1e-3
     default_betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
+    default_eps: ClassVar[float] = 1e-8
     default_weight_decay: ClassVar[float] = 0.01
     lr_factor: ClassVar[float] = 1.0
     matrix_only: ClassVar[bool] = False  # as a default for a whole model, 0-D and 1-D tensors keep dense AdamW state
+    sharded: ClassVar[bool] = True  # whether its functions work on DTensors as they stand
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Method:
         return self  # stateless: the copy of an optimizer uses the same method
 
     def check(self, shape: Shape, options: Any) -> None:  # noqa: B027 - nothing to check is a valid answer
-        """Raise :class:`OptionProblem` if ``options`` do not fit a parameter of ``shape``."""
+        """Raise :class:`OptionProblem` if ``options`` do not fit a parameter of ``shape`` (its own, not the view)."""
+
+    def check_composition(self, options: Any, compose: Any) -> None:  # noqa: B027 - most go with everything
+        """Raise :class:`OptionProblem` if this method is unsound with ``compose`` (a ``compose.Compose``)."""
+
+    def view(self, shape: Shape, options: Any) -> Shape:
+        """The shape in which the method sees a parameter of ``shape``: a convolution as a matrix, say."""
+        return shape
 
     @abstractmethod
     def spec(self, shape: Shape, options: Any, dtype: torch.dtype) -> dict[str, StateSpec]:
-        """The state of a parameter of ``shape``, statistics in ``dtype``; in the order it is created."""
+        """The state of a parameter of (viewed) ``shape``, statistics in ``dtype``; in the order it is created."""
 
     def scalars(self, step: Tensor, h: Hyper) -> Tensors:
         """0-dim quantities of one step, element-wise in ``step`` (float64, 1, 2, ...), which may be a vector."""
         return {}
 
+    # ------------------------------------------------------------ factor-sized work
+
+    def reduced_axes(self, shape: Shape, options: Any) -> tuple[int, ...] | None:
+        """A box that holds these axes whole is independent of the others; None: all boxes depend on each other."""
+        return ()
+
+    def whole_axes(self, shape: Shape, options: Any) -> int:
+        """How many trailing axes no box may cut, whatever their size."""
+        return 0
+
     def rounds(self, options: Any) -> int:
-        """How many passes of ``stats`` and ``finish`` a step takes before ``apply``."""
+        """How many passes of ``stats`` and ``finish`` a step takes before ``update``."""
         return 0
 
     def sums_spec(self, shape: Shape, options: Any, round_: int) -> dict[str, Shape]:
         """The shapes of what ``stats`` sums to over a whole parameter."""
         return {}
 
-    def reduced_axes(self, shape: Shape, options: Any) -> tuple[int, ...] | None:
-        """A box that holds these axes whole is independent of the others; None: all boxes depend on each other."""
-        return ()
-
-    def stats(self, g: Tensor, options: Any, *, small: Tensors, round_: int) -> Tensors:
-        """Sums over the elements of one box ``g``. Sums of boxes (and of shards) add up."""
+    def stats(self, part: Part, ctx: Context, round_: Any) -> Tensors:
+        """Sums over the elements of one box. Sums of boxes (and of shards) add up."""
         return {}
 
     def finish(
-        self, sums: Tensors, state: Tensors, small: Tensors, h: Hyper, shape: Shape, options: Any, round_: int
+        self, sums: Tensors, state: Tensors, small: Tensors, ctx: Context, round_: int
     ) -> tuple[Tensors, Tensors]:
-        """Factor-sized work: what ``apply`` (or the next round) needs, and the new factor-sized state."""
+        """Factor-sized work: what ``update`` (or the next round) needs, and the new factor-sized state."""
         return small, {}
 
-    @abstractmethod
-    def apply(
-        self, p: Tensor, g: Tensor, state: Tensors, small: Tensors, h: Hyper, options: Any
-    ) -> tuple[Tensor, Tensors]:
-        """The new parameter and the new element-wise state of one box."""
+    def prepare(self, visit: Visit, state: Tensors, ctx: Context) -> tuple[Tensors, Tensors]:
+        """What ``update`` needs beside the box, and the new factor-sized state; ``state`` holds the old, decoded."""
+        small, changed = dict(ctx.scalars), dict[str, Tensor]()
+        for round_ in range(self.rounds(ctx.options)):
+            sums = visit(round_, small, self.sums_spec(ctx.shape, ctx.options, round_))
+            small, new = self.finish(sums, {**state, **changed}, small, ctx, round_)
+            changed.update(new)
+        return small, changed
 
     def take(self, key: str, tensor: Tensor, box: Box) -> Tensor:
-        """The part of a factor-sized ``tensor`` that belongs to ``box``; by default it broadcasts with the box."""
+        """The part of a factor-sized ``tensor`` that belongs to ``box``, a view; by default it broadcasts with it."""
         return broadcast_part(tensor, box)
+
+    def scratch_bytes(self, shape: Shape, options: Any) -> int:
+        """Upper bound of what ``prepare`` allocates at once, beside box-sized tensors."""
+        spec = self.sums_spec(shape, options, 0) if self.rounds(options) else {}
+        return 6 * 4 * sum(torch.Size(s).numel() for s in spec.values())
+
+    # ------------------------------------------------------------ the update
+
+    @abstractmethod
+    def update(self, part: Part, ctx: Context) -> tuple[Tensor, Tensors]:
+        """What is subtracted from the (decayed) weights of one box, and its new element-wise state."""
+
+    def momentum(self, options: Any) -> bool:
+        """Whether the update follows a first moment, so that it can disagree with the gradient's sign."""
+        return True
+
+    def decays(self, shape: Shape, options: Any) -> str:
+        """When weight decay happens: "before" the update (torch), "after" it, or "never" for this shape."""
+        return "before"
 
     def second_moment(self, v: Tensor, options: Any) -> Tensor | None:
         """What this method would hold in place of the dense second moment ``v``, expanded; None if it holds none."""

@@ -17,10 +17,10 @@ from torch.optim.optimizer import Optimizer
 
 from memadvise.errors import OptimizerError
 from memadvise.names import canonical_name
-from memadvise.optim import engine
+from memadvise.optim import compose, engine
 from memadvise.optim.engine import Resolved
 from memadvise.optim.method import Hyper
-from memadvise.optim.registry import canonical_key, fitted, parse_options
+from memadvise.optim.registry import canonical_key, fitted, parse_setting
 from memadvise.plan.schema import Setting
 
 STATE_FORMAT = 1
@@ -69,7 +69,7 @@ class MemadviseOptimizer(Optimizer):
     ) -> None:
         engine.check_executor(executor)
         if isinstance(settings, Setting):
-            parse_options(settings)
+            parse_setting(settings)
         self._settings = settings if isinstance(settings, Setting) else dict(settings)
         self._executor = executor
         self._resolved: dict[Tensor, Resolved] = {}
@@ -85,8 +85,8 @@ class MemadviseOptimizer(Optimizer):
         param_group = dict(param_group)
         settings = self._settings
         if isinstance(settings, Setting):
-            method = parse_options(settings)[0]
-            fields = {f.name for f in dataclasses.fields(method.options_type)}
+            method = parse_setting(settings).method
+            fields = {f.name for f in dataclasses.fields(method.options_type)} | set(compose.NAMES)
             own = {key: param_group.pop(key) for key in fields & set(param_group)}
             settings = Setting(settings.method, {**settings.options, **own})
         before = len(self.param_groups)
@@ -170,7 +170,7 @@ class MemadviseOptimizer(Optimizer):
                 shape=resolved.shape,
                 setting=resolved.setting.key,
                 executor=(executor := engine.choose_executor(resolved, p, self._executor)),
-                state_bytes=sum(spec.num_bytes for spec in resolved.specs.values()),
+                state_bytes=resolved.recipe.state_bytes,
                 scratch_bytes=engine.scratch_bytes(resolved, p, executor),
             )
             for p, resolved in self._in_order()
@@ -259,7 +259,7 @@ class MemadviseOptimizer(Optimizer):
         executor = engine.choose_executor(resolved, p, self._executor)
         state = {}
         for name, spec in resolved.specs.items():
-            device = engine.step_device(p, executor) if name == "step" else p.device
+            device = engine.step_device(p, executor) if spec.host else p.device
             value = torch.as_tensor(saved[name]).detach().to(device=device, dtype=spec.dtype, copy=True)
             state[name] = value.reshape(()) if name == "step" else value
         return state

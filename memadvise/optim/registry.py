@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from memadvise.errors import Mark, OptimizerError
-from memadvise.optim.method import Method, OptionProblem, Options, Shape, StateSpec, compute_dtype
+from memadvise.optim import compose as composition
+from memadvise.optim.compose import Compose
+from memadvise.optim.method import Method, OptionProblem, Options, Shape, StateSpec
 from memadvise.optim.methods.adam_mini import AdamMini
 from memadvise.optim.methods.adamw import AdamW
 from memadvise.optim.methods.lion import Lion
 from memadvise.optim.methods.sgd import SGD
 from memadvise.optim.methods.slimadam import SlimAdam
+from memadvise.optim.recipe import make_recipe
 from memadvise.plan.schema import Setting
 
 DENSE = Setting("adamw")
@@ -76,17 +79,31 @@ def default_lr_factor(method: str) -> float:
     return method_info(method).default_lr_factor
 
 
-def parse_options(setting: Setting) -> tuple[Method, Options]:
-    """The method and its validated options.
+@dataclass(frozen=True)
+class Parsed:
+    """A setting understood: the method, its own options, and what it is composed with."""
+
+    method: Method
+    options: Options
+    compose: Compose
+
+
+def parse_setting(setting: Setting) -> Parsed:
+    """The method, its validated options and the common ones.
 
     Raises:
-        OptimizerError: unknown method or option, wrong type, out of range.
+        OptimizerError: unknown method or option, wrong type, out of range, an unsound combination.
     """
     problems = problems_of(setting, None, name="")
     if problems:
         raise problems[0]
-    info = _BY_NAME[setting.method]
-    return info.method, info.method.options_type(**setting.options)
+    return _parsed(setting)
+
+
+def _parsed(setting: Setting) -> Parsed:
+    method = _BY_NAME[setting.method].method
+    own = {name: value for name, value in setting.options.items() if name not in composition.NAMES}
+    return Parsed(method, method.options_type(**own), composition.parse(setting.options))
 
 
 def validate(setting: Setting, shape: Shape, *, name: str, marks: Mapping[str, Mark] | None = None) -> None:
@@ -110,8 +127,10 @@ def problems_of(
         method = method_info(setting.method, where=marks.get("method")).method
     except OptimizerError as error:
         return [error]
-    known = {f.name for f in dataclasses.fields(method.options_type)}
-    choices = f"its options: {', '.join(sorted(known))}" if known else "it takes no options"
+    own = {f.name for f in dataclasses.fields(method.options_type)}
+    known = own | set(composition.NAMES)
+    choices = f"its options: {', '.join(sorted(own))}" if own else "it takes no options of its own"
+    choices += f"; of any method: {', '.join(composition.NAMES)}"
     found = [
         OptimizerError(
             f"{setting.method} has no option '{option}'",
@@ -123,10 +142,14 @@ def problems_of(
     ]
     fits_name = ""
     try:
-        options = method.options_type(**{k: v for k, v in setting.options.items() if k in known})
-        if shape is not None:
+        parsed = _parsed(Setting(setting.method, {k: v for k, v in setting.options.items() if k in known}))
+        if shape is None:
+            composition.check(method, parsed.options, parsed.compose, None)
+        else:
             fits_name = f"{name}: "
-            method.check(tuple(shape), options)
+            method.check(tuple(shape), parsed.options)
+            specs = method.spec(method.view(tuple(shape), parsed.options), parsed.options, torch.float32)
+            composition.check(method, parsed.options, parsed.compose, specs)
     except OptionProblem as problem:
         where = marks.get(problem.option or "", marks.get("method"))
         found.append(OptimizerError(f"{fits_name}{problem.message}", where=where, hint=problem.hint))
@@ -134,19 +157,26 @@ def problems_of(
 
 
 def fitted(setting: Setting, shape: Shape) -> Setting:
-    """``setting`` as the default of a model: what is meant for matrices leaves 0-D and 1-D tensors dense AdamW."""
-    return DENSE if len(shape) < 2 and method_info(setting.method).method.matrix_only else setting
+    """``setting`` as the default of a model: 0-D and 1-D tensors keep their moments in full, and plain AdamW where the
+    method is meant for matrices.
+    """
+    if len(shape) >= 2 or setting.method not in _BY_NAME:
+        return setting
+    options = {k: v for k, v in setting.options.items() if k not in ("first_moment", "second_moment")}
+    if not method_info(setting.method).method.matrix_only:
+        return Setting(setting.method, options)
+    return Setting(DENSE.method, {k: v for k, v in options.items() if k in composition.NAMES})
 
 
 def state_specs(setting: Setting, shape: Shape, dtype: torch.dtype = torch.float32) -> dict[str, StateSpec]:
-    """Name -> state tensor of a parameter of ``shape``; ``dtype`` is the parameter's (only float64 makes a difference).
+    """Name -> state tensor of a parameter of ``shape`` and ``dtype``, as it is stored.
 
     Raises:
         OptimizerError: ``setting`` is not valid, or does not fit the shape.
     """
     validate(setting, shape, name=f"a tensor of shape {list(shape)}")
-    method, options = parse_options(setting)
-    return method.spec(tuple(shape), options, compute_dtype(dtype))
+    parsed = _parsed(setting)
+    return make_recipe(parsed.method, parsed.options, tuple(shape), dtype, parsed.compose).specs
 
 
 def state_bytes(setting: Setting, shape: Shape, dtype: torch.dtype = torch.float32) -> int:
@@ -156,18 +186,26 @@ def state_bytes(setting: Setting, shape: Shape, dtype: torch.dtype = torch.float
 
 def canonical_key(setting: Setting) -> str:
     """A text equal for settings that mean the same: the first option, and the others where they are not the default."""
-    options = parse_options(setting)[1]
-    fields = dataclasses.fields(options)
-    values = {f.name: getattr(options, f.name) for f in fields}
-    kept = {f.name: values[f.name] for i, f in enumerate(fields) if i == 0 or values[f.name] != f.default}
+    parsed = parse_setting(setting)
+    fields = dataclasses.fields(parsed.options)
+    values = {f.name: getattr(parsed.options, f.name) for f in fields}
+    kept = {
+        f.name: values[f.name]
+        for i, f in enumerate(fields)
+        if (i == 0 and values[f.name] is not None) or values[f.name] != f.default
+    }
+    for f in dataclasses.fields(Compose):
+        value = getattr(parsed.compose, f.name)
+        if value != f.default:
+            kept[f.name] = value
     return Setting(setting.method, kept).key
 
 
 def approximate_second_moment(setting: Setting, v: Tensor) -> Tensor | None:
     """What ``setting`` would hold in place of the dense second moment ``v`` (same shape, expanded); None if nothing."""
     validate(setting, tuple(v.shape), name="second moment")
-    method, options = parse_options(setting)
-    return method.second_moment(v, options)
+    parsed = _parsed(setting)
+    return parsed.method.second_moment(v, parsed.options)
 
 
 def _did_you_mean(word: str, known: Any) -> str | None:

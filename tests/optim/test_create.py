@@ -92,7 +92,7 @@ def test_a_plan_file_with_mistakes_shows_all_of_them_with_their_places(tmp_path:
         "did you mean 'axes'?",
         "bias: axes [1] do not fit a tensor of shape [8]",
         "adamw has no option 'axes'",
-        "it takes no options",
+        "its options: compat",
         "axes [-1] has a negative axis",
         "no rule matches embed",
         f"{path}:3:",

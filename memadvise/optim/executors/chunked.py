@@ -2,23 +2,33 @@
 
 Where the blocks of a method lie whole within a box (row means, element-wise methods), each box is finished at once:
 statistics, new state and update in one visit. Otherwise a first visit sums the statistics over all boxes and a second
-applies the update.
+applies the update. Caution needs the whole tensor's agreement first: one visit more, in which updates are computed
+only to be counted.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from memadvise.optim.executors import inplace
-from memadvise.optim.executors.work import Cuts, Work, box_shape, boxes
-from memadvise.optim.method import Hyper, Method, Shape, Tensors, compute_dtype, device_type
+from memadvise.optim.executors.work import (
+    CodedParts,
+    Cuts,
+    Work,
+    agreement,
+    aligned,
+    caution_scale,
+    moved,
+)  # fmt: skip
+from memadvise.optim.method import Context, Hyper, Method, Part, Round, Shape, Tensors, compute_dtype, device_type
+from memadvise.optim.recipe import Recipe
 
+_Prepare = Callable[[], tuple[Tensors, Tensors]]
 CPU_ELEMENTS = 256 * 1024  # 1 MiB of float32: a few of these lie in a core's L2 cache
 CUDA_ELEMENTS = 16 * 1024 * 1024  # enough work to hide the launches, 64 MiB of float32
 
@@ -33,30 +43,40 @@ def _buffers(dtype: torch.dtype) -> int:
     return 1 if compute_dtype(dtype) == dtype else 3
 
 
-def scratch_bytes(method: Method, options: Any, shape: Shape, dtype: torch.dtype, kind: str) -> int:
+def scratch_bytes(recipe: Recipe, kind: str) -> int:
     """Upper bound of what a step on a parameter allocates: the scratch, and a handful of factor-sized tensors."""
-    limit, itemsize = box_limit(kind), compute_dtype(dtype).itemsize
-    part = min(limit, math.prod(shape))
-    if method.name not in inplace.APPLY:
-        return (_buffers(dtype) + 6) * part * itemsize
-    cut = box_shape(next(boxes(shape, limit))) if _is_local(method, options, shape, limit) else shape
-    factors = sum(math.prod(s) for s in method.sums_spec(cut, options, 0).values()) if method.rounds(options) else 0
-    return (_buffers(dtype) * part + 6 * factors) * itemsize
+    local, cuts = _layout(recipe, box_limit(kind))
+    itemsize = compute_dtype(recipe.dtype).itemsize
+    part = max((math.prod(shape) for shape in cuts.shapes), default=0)
+    method, view = recipe.method, recipe.view
+    factors = method.scratch_bytes(cuts.shapes[0] if local and cuts.shapes else view, recipe.options)
+    if _kernel(recipe) is not None:
+        return _buffers(recipe.dtype) * part * itemsize + factors
+    coded = sum(8 + c.codec.scratch() for c in recipe.coded.values())
+    composed = 0 if recipe.compose.plain else 6 * itemsize + 32
+    return ((_buffers(recipe.dtype) + 6) * itemsize + coded + composed) * part + factors
 
 
-def _is_local(method: Method, options: Any, shape: Shape, limit: int) -> bool:
-    """Whether a box holds all that its update depends on."""
-    axes = method.reduced_axes(shape, options)
-    if axes is None or method.rounds(options) > 1:
-        return False
-    first = next(boxes(shape, limit))
-    return all(first[a].stop - first[a].start == shape[a] for a in axes)
+def _kernel(recipe: Recipe) -> inplace.Apply | None:
+    compat = getattr(recipe.options, "compat", None)
+    return inplace.APPLY.get(recipe.method.name) if recipe.compose.plain and not compat else None
 
 
-@lru_cache(maxsize=4096)
-def _layout(method: Method, options: Any, shape: Shape, limit: int) -> tuple[bool, Cuts]:
-    """The same at every step, so made once: for small tensors this costs more than the arithmetic."""
-    return _is_local(method, options, shape, limit), Cuts(shape, limit)
+@lru_cache(maxsize=8192)
+def _layout(recipe: Recipe, limit: int) -> tuple[bool, Cuts]:
+    """Whether boxes are independent, and the boxes. The same at every step, so made once: for small tensors this
+    costs more than the arithmetic.
+    """
+    method, options, view = recipe.method, recipe.options, recipe.view
+    whole = method.whole_axes(view, options)
+    cuts = Cuts(view, limit, whole)
+    if not all(aligned(recipe.coded[name], cuts) for name in recipe.elementwise if name in recipe.coded):
+        cuts = Cuts(view, max(math.prod(view), 1))  # blocks that no row holds: all at once
+    axes = method.reduced_axes(view, options)
+    local = axes is not None and method.rounds(options) <= 1 and bool(cuts.boxes)
+    if local and axes:
+        local = all(shape[a] == view[a] for a in axes for shape in cuts.shapes[:1])
+    return local, cuts
 
 
 class _Scratch:
@@ -66,7 +86,8 @@ class _Scratch:
         sizes: dict[tuple[torch.device, torch.dtype], int] = {}
         for work in works:
             key = (work.p.device, compute_dtype(work.p.dtype))
-            part = min(box_limit(device_type(work.p)), work.p.numel())
+            cuts = _layout(work.recipe, box_limit(device_type(work.p)))[1]
+            part = max((math.prod(shape) for shape in cuts.shapes), default=0)
             sizes[key] = max(sizes.get(key, 0), _buffers(work.p.dtype) * part)
         self._flat = {key: torch.empty(size, device=key[0], dtype=key[1]) for key, size in sizes.items()}
 
@@ -89,18 +110,42 @@ class _Stepper:
 
     def __init__(self, work: Work, h: Hyper, scratch: _Scratch) -> None:
         self.work, self.h, self.scratch = work, h, scratch
-        self.local, self.cuts = _layout(work.method, work.options, work.shape, box_limit(device_type(work.p)))
-        self.p, self.g = self.cuts.parts(work.p), self.cuts.parts(work.g)
-        self.elementwise = {name: self.cuts.parts(value) for name, value in work.elementwise().items()}
+        self.recipe, self.method, self.ctx = work.recipe, work.recipe.method, work.context(h)
+        self.local, self.cuts = _layout(work.recipe, box_limit(device_type(work.p)))
+        self.p, self.g = work.weight_parts(self.cuts), self.cuts.parts(work.g)
+        names = self.recipe.elementwise
+        self.coded = {name: CodedParts(work, name, self.cuts) for name in names if name in self.recipe.coded}
+        self.plain = {name: self.cuts.parts(work.state[name]) for name in names if name not in self.coded}
         self.narrow = compute_dtype(work.p.dtype) != work.p.dtype
-        self.kernel = inplace.APPLY.get(work.method.name)
+        self.kernel = _kernel(self.recipe)
         self._temps: dict[Shape, list[Tensor]] = {}
 
     def run(self) -> None:
+        count = len(self.cuts.shapes)
+        scale = None
         if self.local:
-            self._box_by_box()
-        else:
-            self._in_rounds()
+            factors = self._taken(self.work.factors())
+            if self.recipe.compose.cautious:
+                scale = self._caution([self._prepare_box(i, factors) for i in range(count)])
+            for i in range(count):
+                small, new = self._prepare_box(i, factors)()
+                for name, value in new.items():
+                    factors[name][i].copy_(value)
+                self._apply(i, small, scale)
+            return
+        small, new = self.method.prepare(self._visit, self.work.factors(), self.ctx)
+        smalls = self._taken(small)
+        if self.recipe.compose.cautious:
+            scale = self._caution([partial(self._prepared, smalls, i) for i in range(count)])
+        self.work.store_factors(new)
+        del new
+        for i in range(count):
+            self._apply(i, self._box(smalls, i), scale)
+
+    def _prepared(self, smalls: dict[str, Sequence[Tensor]], i: int) -> tuple[Tensors, Tensors]:
+        return self._box(smalls, i), {}
+
+    # ------------------------------------------------------------ parts
 
     def _temporaries(self, i: int) -> list[Tensor]:
         shape = self.cuts.shapes[i]
@@ -108,63 +153,85 @@ class _Stepper:
             self._temps[shape] = self.scratch.cut(self.work, shape)
         return self._temps[shape]
 
-    def _gradient(self, i: int, temps: list[Tensor]) -> Tensor:
-        return temps[1].copy_(self.g[i]) if self.narrow else self.g[i]
+    def _part(self, i: int, small: Tensors) -> Part:
+        temps = self._temporaries(i)
+        g = temps[1].copy_(self.g[i]) if self.narrow else self.g[i]
+        return Part(
+            g,
+            small,
+            self.cuts.boxes[i],
+            lambda: self.p[i].load(temps[2] if self.narrow else None),
+            lambda: {
+                **{name: parts[i] for name, parts in self.plain.items()},
+                **{name: parts.load(i) for name, parts in self.coded.items()},
+            },
+        )
 
     def _taken(self, tensors: Tensors) -> dict[str, Sequence[Tensor]]:
         """Factor-sized tensors, cut to the boxes they belong to."""
-        method = self.work.method
+        method = self.method
         if type(method).take is Method.take:
             return {name: self.cuts.parts(value) for name, value in tensors.items()}
         return {name: [method.take(name, value, box) for box in self.cuts.boxes] for name, value in tensors.items()}
 
-    def _box_by_box(self) -> None:
-        work, h = self.work, self.h
-        method, options = work.method, work.options
-        rounds, scalars, factors = method.rounds(options), work.scalars, self._taken(work.factors())
-        for i, shape in enumerate(self.cuts.shapes):
-            temps = self._temporaries(i)
-            g = self._gradient(i, temps)
-            sums = inplace.stats(method, g, options, scalars, 0, temps[0]) if rounds else {}
-            state = {name: parts[i] for name, parts in factors.items()}
-            small, new = method.finish(sums, state, scalars, h, shape, options, 0)
-            for name, value in new.items():
-                state[name].copy_(value)
-            self._apply(i, g, small, temps)
+    @staticmethod
+    def _box(tensors: dict[str, Sequence[Tensor]], i: int) -> Tensors:
+        return {name: parts[i] for name, parts in tensors.items()}
 
-    def _in_rounds(self) -> None:
-        work = self.work
-        method, options, small, factors = work.method, work.options, work.scalars, work.factors()
-        rounds, dtype = method.rounds(options), compute_dtype(work.p.dtype)
-        for round_ in range(max(rounds, 1)):
-            spec = method.sums_spec(work.shape, options, round_) if rounds else {}
-            totals = {name: torch.zeros(size, device=work.p.device, dtype=dtype) for name, size in spec.items()}
-            parts, smalls = self._taken(totals), self._taken(small)
-            for i in range(len(self.cuts.shapes) if rounds else 0):
-                temps = self._temporaries(i)
-                box_small = {name: values[i] for name, values in smalls.items()}
-                sums = inplace.stats(method, self._gradient(i, temps), options, box_small, round_, temps[0])
-                for name, value in sums.items():
-                    parts[name][i].add_(value)
-            small, new = method.finish(totals, factors, small, self.h, work.shape, options, round_)
-            del totals, parts, smalls
-            for name, value in new.items():
-                factors[name].copy_(value)
-        smalls = self._taken(small)
+    # ------------------------------------------------------------ passes
+
+    def _prepare_box(self, i: int, factors: dict[str, Sequence[Tensor]]) -> _Prepare:
+        """Prepare box ``i`` as if it were a parameter of its own; nothing is stored."""
+        ctx = Context(
+            self.h, self.ctx.options, self.cuts.shapes[i], self.ctx.scalars, self.ctx.key, self.ctx.step,
+            self.cuts.starts[i],
+        )  # fmt: skip
+
+        def prepare() -> tuple[Tensors, Tensors]:
+            def visit(round_: Round, small: Tensors, shapes: dict[str, Shape]) -> Tensors:
+                return inplace.stats(self.method, self._part(i, small), ctx, round_, self._temporaries(i)[0])
+
+            return self.method.prepare(visit, self._box(factors, i), ctx)
+
+        return prepare
+
+    def _visit(self, round_: Round, small: Tensors, shapes: dict[str, Shape]) -> Tensors:
+        dtype = compute_dtype(self.work.p.dtype)
+        totals = {name: torch.zeros(size, device=self.work.p.device, dtype=dtype) for name, size in shapes.items()}
+        parts, smalls = self._taken(totals), self._taken(small)
         for i in range(len(self.cuts.shapes)):
-            temps = self._temporaries(i)
-            self._apply(i, self._gradient(i, temps), {name: values[i] for name, values in smalls.items()}, temps)
+            part = self._part(i, self._box(smalls, i))
+            for name, value in inplace.stats(self.method, part, self.ctx, round_, self._temporaries(i)[0]).items():
+                parts[name][i].add_(value)
+        return totals
 
-    def _apply(self, i: int, g: Tensor, small: Tensors, temps: list[Tensor]) -> None:
-        work, target = self.work, self.p[i]
-        p = temps[2].copy_(target) if self.narrow else target
-        state = {name: parts[i] for name, parts in self.elementwise.items()}
+    def _caution(self, prepares: Sequence[_Prepare]) -> Tensor:
+        sums = torch.zeros(2, device=self.work.p.device)
+        for i, prepare in enumerate(prepares):
+            part = self._part(i, prepare()[0])
+            sums += agreement(self.method.update(part, self._context(i))[0], part.g)
+        return caution_scale(str(self.recipe.compose.cautious), sums, math.prod(self.recipe.view))
+
+    def _context(self, i: int) -> Context:
+        if len(self.cuts.shapes) == 1:
+            return self.ctx
+        ctx = self.ctx
+        shape = self.cuts.shapes[i] if self.local else ctx.shape
+        return Context(self.h, ctx.options, shape, ctx.scalars, ctx.key, ctx.step, self.cuts.starts[i])
+
+    def _apply(self, i: int, small: Tensors, scale: Tensor | None) -> None:
+        work, part = self.work, self._part(i, small)
         if self.kernel is not None:
-            self.kernel(p, g, state, small, self.h, work.options, temps[0])
-        else:
-            new, changed = work.method.apply(p, g, state, small, self.h, work.options)
-            p.copy_(new)
-            for name, value in changed.items():
-                state[name].copy_(value)
-        if self.narrow:
-            target.copy_(p)
+            temps = self._temporaries(i)
+            self.kernel(part.p, part.g, part.state, small, self.h, self.ctx.options, temps[0])
+            self.p[i].store(part.p, None)
+            return
+        u, changed = self.method.update(part, self._context(i))
+        new = moved(part.p, part.g, u, scale, self.h, self.recipe)
+        del u
+        for name, value in changed.items():
+            if name in self.coded:
+                self.coded[name].store(i, value)
+            else:
+                self.plain[name][i].copy_(value)
+        self.p[i].store(new, work.weight_noise(self.cuts.starts[i], new))

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from memadvise.optim.executors.work import Work
-from memadvise.optim.method import Hyper, Shape, compute_dtype
+from memadvise.optim.executors.work import CodedParts, Cuts, Work, agreement, caution_scale, moved, store
+from memadvise.optim.method import Hyper, Part, Round, Shape, Tensors
+from memadvise.optim.recipe import Recipe
+from memadvise.optim.weights import Nearest
 
 
 def step(works: Sequence[Work], h: Hyper) -> None:
@@ -19,27 +18,46 @@ def step(works: Sequence[Work], h: Hyper) -> None:
 
 
 def _step_one(work: Work, h: Hyper) -> None:
-    method, options, dtype = work.method, work.options, compute_dtype(work.p.dtype)
-    p, g = work.p.to(dtype), work.g.to(dtype)
-    small = work.scalars
-    for round_ in range(max(method.rounds(options), 1)):
-        sums = method.stats(g, options, small=small, round_=round_) if method.rounds(options) else {}
-        small, factors = method.finish(sums, work.factors(), small, h, work.shape, options, round_)
-        for name, value in factors.items():
-            _store(work.state[name], value)
-    p, elementwise = method.apply(p, g, work.elementwise(), small, h, options)
-    _store(work.p, p)
-    for name, value in elementwise.items():
-        _store(work.state[name], value)
+    recipe, ctx = work.recipe, work.context(h)
+    cuts = Cuts(work.shape, max(math.prod(work.shape), 1))
+    (weights,) = work.weight_parts(cuts)
+    p = weights.load()
+    g = work.g.to(p.dtype)
+    coded = {name: CodedParts(work, name, cuts) for name in recipe.elementwise if name in recipe.coded}
+    state = {name: coded[name].load(0) if name in coded else work.state[name] for name in recipe.elementwise}
+
+    def part(small: Tensors) -> Part:
+        return Part(g, small, cuts.boxes[0], lambda: p, lambda: state)
+
+    def visit(round_: Round, small: Tensors, shapes: dict[str, Shape]) -> Tensors:
+        return recipe.method.stats(part(small), ctx, round_)
+
+    small, factors = recipe.method.prepare(visit, work.factors(), ctx)
+    u, changed = recipe.method.update(part(small), ctx)
+    mode = recipe.compose.cautious
+    scale = caution_scale(str(mode), agreement(u, g), math.prod(work.shape)) if mode else None
+    new = moved(p, g, u, scale, h, recipe)
+    work.store_factors(factors)
+    if isinstance(recipe.form, Nearest):
+        store(work.p, new)
+    else:
+        weights.store(new, work.weight_noise(0, new))
+    for name, value in changed.items():
+        if name in coded:
+            coded[name].store(0, value)
+        else:
+            store(work.state[name], value)
 
 
-def _store(target: Tensor, value: Tensor) -> None:
-    placements = getattr(target, "placements", None)
-    if placements is not None:  # a DTensor: what it computed may be sharded in another way
-        value = value.redistribute(placements=placements)  # type: ignore[attr-defined]
-    target.copy_(value)
+def scratch_bytes(recipe: Recipe) -> int:
+    """An upper bound of the temporaries of one step: copies of p and g, and those of the expressions of a method."""
+    numel = math.prod(recipe.view)
+    temporaries = 8 * _itemsize(recipe) + sum(8 + coded.codec.scratch() for coded in recipe.coded.values())
+    composed = 0 if recipe.compose.plain else 8 * _itemsize(recipe) + 32
+    return (temporaries + composed) * numel + recipe.method.scratch_bytes(recipe.view, recipe.options)
 
 
-def scratch_bytes(shape: Shape, dtype: torch.dtype) -> int:
-    """An upper bound of the temporaries of one step: copies of p and g, and six of the expressions of a method."""
-    return 8 * math.prod(shape) * compute_dtype(dtype).itemsize
+def _itemsize(recipe: Recipe) -> int:
+    from memadvise.optim.method import compute_dtype
+
+    return compute_dtype(recipe.dtype).itemsize

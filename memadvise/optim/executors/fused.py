@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 
 from memadvise.optim.executors.work import Work
-from memadvise.optim.method import Hyper, Method, device_type
+from memadvise.optim.method import Hyper, device_type
+from memadvise.optim.recipe import Recipe
 
 
-def supports(method: Method, p: Tensor) -> bool:
-    """Whether ``method`` on ``p`` is what the fused op computes.
+def supports(recipe: Recipe, p: Tensor) -> bool:
+    """Whether ``recipe`` on ``p`` is what the fused op computes.
 
     It wants moments in the parameter's dtype; ours are float32, so bfloat16 and float16 parameters are not for it.
     """
-    return method.name == "adamw" and p.dtype in (torch.float32, torch.float64) and device_type(p) in ("cpu", "cuda")
+    if recipe.method.name != "adamw" or recipe.options.compat or not recipe.compose.plain:
+        return False
+    return p.dtype in (torch.float32, torch.float64) and device_type(p) in ("cpu", "cuda")
 
 
 def aligned(work: Work) -> bool:

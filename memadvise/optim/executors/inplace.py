@@ -1,6 +1,6 @@
-"""The in-place forms of the bundled methods' ``stats`` and ``apply``, for one box in cache.
+"""In-place forms of some methods' ``stats``, ``update`` and move with nothing composed, for one box in cache.
 
-Each must agree with the pure function it stands for; a test compares them for every method. A method without a row
+Each must agree with the pure functions it stands for; a test compares them for every method. A method without a row
 here runs its pure functions on boxes, which costs a few more passes over the cache and box-sized temporaries.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memadvise.optim.method import Hyper, Method, Tensors
+from memadvise.optim.method import Context, Hyper, Method, Part, Tensors
 from memadvise.optim.methods.blockmean import BlockMeanAdam
 
 Apply = Callable[[Tensor, Tensor, Tensors, Tensors, Hyper, Any, Tensor], None]
@@ -63,8 +63,8 @@ APPLY: dict[str, Apply] = {
 }
 
 
-def stats(method: Method, g: Tensor, options: Any, small: Tensors, round_: int, temp: Tensor) -> Tensors:
+def stats(method: Method, part: Part, ctx: Context, round_: Any, temp: Tensor) -> Tensors:
     """``method.stats`` with its box-sized temporary in ``temp``."""
     if isinstance(method, BlockMeanAdam):
-        return {"sum_squares": method.partition(tuple(g.shape), options).sum_squares(g, out=temp)}
-    return method.stats(g, options, small=small, round_=round_)
+        return {"sum_squares": method.partition(tuple(part.g.shape), ctx.options).sum_squares(part.g, out=temp)}
+    return method.stats(part, ctx, round_)

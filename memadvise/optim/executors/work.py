@@ -1,56 +1,147 @@
-"""What executors share: one parameter's work in a step, and boxes that cut it in pieces of bounded size."""
+"""What executors share: one parameter's work in a step, boxes that cut it in pieces of bounded size, coded state."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from memadvise.optim.method import Box, Method, Shape, StateSpec, Tensors, broadcast_part
+from memadvise.optim import noise
+from memadvise.optim.method import Box, Context, Hyper, Shape, Tensors, broadcast_part
+from memadvise.optim.recipe import CORRECTION, Coded, Recipe
+from memadvise.optim.weights import WeightPart
 
 
 @dataclass
 class Work:
-    """One parameter in one step. ``state`` is changed in place; ``scalars`` are 0-dim tensors of this step."""
+    """One parameter in one step, in its viewed shape. ``state`` is changed in place; ``step`` is on the host."""
 
     p: Tensor
     g: Tensor
     state: Tensors
-    method: Method
-    options: Any
-    specs: dict[str, StateSpec]
-    scalars: Tensors
+    recipe: Recipe
+    scalars: Tensors = field(default_factory=dict)
+    key: int = 0
+    step: int = 0
 
     @property
     def shape(self) -> Shape:
-        return tuple(self.p.shape)
+        return self.recipe.view
 
-    def elementwise(self) -> Tensors:
-        """The state that is cut like the parameter."""
-        return {name: self.state[name] for name, spec in self.specs.items() if spec.elementwise}
+    def context(self, h: Hyper) -> Context:
+        return Context(h, self.recipe.options, self.shape, self.scalars, self.key, self.step)
 
     def factors(self) -> Tensors:
-        """The factor-sized state, without the step counter."""
-        return {name: self.state[name] for name, spec in self.specs.items() if not spec.elementwise and name != "step"}
+        """The factor-sized state, decoded."""
+        return {name: self._factor(name) for name in self.recipe.factors}
+
+    def _factor(self, name: str) -> Tensor:
+        coded = self.recipe.coded.get(name)
+        if coded is None:
+            return self.state[name]
+        stored = {suffix: self.state[held] for suffix, held in coded.names.items()}
+        decoded = coded.codec.decode(stored, coded.rows.length, signed=coded.signed)
+        return decoded.view(self.recipe.logical[name].shape)
+
+    def store_factors(self, new: Tensors) -> None:
+        """Write new factor-sized state, encoded where it is held so."""
+        for name, value in new.items():
+            coded = self.recipe.coded.get(name)
+            if coded is None:
+                store(self.state[name], value)
+            else:
+                encode(self, name, coded, value.reshape(coded.rows.count, coded.rows.length), 0, None)
+
+    def weight_parts(self, cuts: Cuts) -> Sequence[WeightPart]:
+        extra = {n.removeprefix(CORRECTION): t for n, t in self.state.items() if n.startswith(CORRECTION)}
+        return self.recipe.form.parts(self.p, extra, cuts)
+
+    def weight_noise(self, start: int, like: Tensor) -> Tensor | None:
+        if not self.recipe.form.noisy:
+            return None
+        key = noise.key_of(self.key, "weights", self.step)
+        return noise.uniform(key, start, like.numel(), like.device).view(like.shape)
 
 
-def boxes(shape: Shape, limit: int) -> Iterator[Box]:
-    """Cut ``shape`` in boxes of at most ``limit`` elements: chunks of rows, or parts of a row that is too large."""
-    if math.prod(shape) <= limit:
+def store(target: Tensor, value: Tensor) -> None:
+    """``target`` <- ``value``; a DTensor keeps its placements, whatever those of what it computed."""
+    placements = getattr(target, "placements", None)
+    if placements is not None:
+        value = value.redistribute(placements=placements)  # type: ignore[attr-defined]
+    target.copy_(value)
+
+
+def encode(work: Work, name: str, coded: Coded, values: Tensor, start: int, targets: Tensors | None) -> None:
+    """Encode ``values`` ([rows, length]; ``start``: the number of its first element) into ``targets``, or the state."""
+    uniform = None
+    if work.recipe.compose.rounding == "stochastic":
+        key = noise.key_of(work.key, name, work.step)
+        uniform = noise.uniform(key, start, values.numel(), values.device).view(values.shape)
+    for suffix, codes in coded.codec.encode(values, uniform, signed=coded.signed).items():
+        target = work.state[coded.names[suffix]] if targets is None else targets[suffix]
+        target.copy_(codes)
+
+
+class CodedParts:
+    """A coded element-wise moment, box by box. Boxes lie in whole rows, or in one row at multiples of a block."""
+
+    def __init__(self, work: Work, name: str, cuts: Cuts) -> None:
+        self.work, self.name, self.cuts, self.coded = work, name, cuts, work.recipe.coded[name]
+
+    def _views(self, i: int) -> tuple[Tensors, int]:
+        """The stored tensors' parts, and the length of their rows."""
+        coded, start = self.coded, self.cuts.starts[i]
+        length, stop = coded.rows.length, start + math.prod(self.cuts.shapes[i])
+        row, offset = divmod(start, length)
+        whole = offset == 0 and stop % length == 0
+        rows = (row, stop // length, 0, length) if whole else (row, row + 1, offset, stop - row * length)
+        views = {suffix: coded.codec.part(suffix, self.work.state[held], *rows) for suffix, held in coded.names.items()}
+        return views, rows[3] - rows[2]
+
+    def load(self, i: int) -> Tensor:
+        """The decoded values of box ``i``."""
+        views, length = self._views(i)
+        return self.coded.codec.decode(views, length, signed=self.coded.signed).view(self.cuts.shapes[i])
+
+    def store(self, i: int, values: Tensor) -> None:
+        """Encode new values of box ``i``."""
+        views, length = self._views(i)
+        encode(self.work, self.name, self.coded, values.reshape(-1, length), self.cuts.starts[i], views)
+
+
+def aligned(coded: Coded, cuts: Cuts) -> bool:
+    """Whether every box lies as :class:`CodedParts` needs it."""
+    length, block = coded.rows.length, coded.codec.block
+    for start, shape in zip(cuts.starts, cuts.shapes, strict=True):
+        stop = start + math.prod(shape)
+        if start % length == 0 and stop % length == 0:
+            continue
+        inside = start // length == (stop - 1) // length
+        if not inside or (block and start % length % block) or (block and stop % length and stop % length % block):
+            return False
+    return True
+
+
+def boxes(shape: Shape, limit: int, whole: int = 0) -> Iterator[Box]:
+    """Cut ``shape`` in boxes of at most ``limit`` elements: chunks of rows, or parts of a row that is too large.
+
+    The last ``whole`` axes are never cut. Every box is a run of neighbours in row-major order.
+    """
+    if math.prod(shape) <= limit or len(shape) <= whole:
         yield tuple(slice(0, size) for size in shape)
         return
     inner = math.prod(shape[1:])
-    if inner <= limit:
-        rows = limit // inner
+    if inner <= limit or len(shape) - 1 <= whole:
+        rows = max(limit // inner, 1)
         rest = tuple(slice(0, size) for size in shape[1:])
         for start in range(0, shape[0], rows):
             yield (slice(start, min(start + rows, shape[0])), *rest)
         return
     for index in range(shape[0]):
-        for part in boxes(shape[1:], limit):
+        for part in boxes(shape[1:], limit, whole):
             yield (slice(index, index + 1), *part)
 
 
@@ -62,10 +153,12 @@ def box_shape(box: Box) -> Shape:
 class Cuts:
     """The boxes of a shape, and how tensors of that shape, or that broadcast against it, are cut by them."""
 
-    def __init__(self, shape: Shape, limit: int) -> None:
+    def __init__(self, shape: Shape, limit: int, whole: int = 0) -> None:
         self.shape = shape
-        self.boxes = list(boxes(shape, limit))
+        self.boxes = list(boxes(shape, limit, whole))
         self.shapes = [box_shape(box) for box in self.boxes]
+        strides = [math.prod(shape[a + 1 :]) for a in range(len(shape))]
+        self.starts = [sum(part.start * s for part, s in zip(box, strides, strict=True)) for box in self.boxes]
         by_rows = bool(shape) and all(cut[1:] == shape[1:] for cut in self.shapes)
         self._rows = self.shapes[0][0] if by_rows else None
 
@@ -76,3 +169,33 @@ class Cuts:
         if self._rows is not None:  # one call for all chunks of rows
             return [tensor] * len(self.boxes) if tensor.shape[0] == 1 else tensor.split(self._rows)
         return [broadcast_part(tensor, box) for box in self.boxes]
+
+
+# ---------------------------------------------------------------- caution and the move itself
+
+
+def agreement(u: Tensor, g: Tensor) -> Tensor:
+    """[coordinates where update and gradient agree in sign, coordinates where both are not zero], as float sums."""
+    product = u.sign() * g.sign()  # of signs, not values: those underflow
+    return torch.stack([(product > 0).sum(), (product != 0).sum()]).to(torch.float32)
+
+
+def caution_scale(mode: str, sums: Tensor, numel: int) -> Tensor:
+    """The factor that makes up for dropped coordinates (arXiv 2411.16085; modes in :class:`Compose`)."""
+    agree, support = sums.unbind()
+    if mode == "support":
+        return support / agree.clamp(min=1.0)
+    if mode == "paper":
+        return numel / (agree + 1.0)
+    return 1.0 / (agree / max(numel, 1)).clamp(min=1e-3)
+
+
+def moved(p: Tensor, g: Tensor, u: Tensor, scale: Tensor | None, h: Hyper, recipe: Recipe) -> Tensor:
+    """The weights after the update ``u`` and decay, with caution where ``scale`` is given. A new tensor."""
+    step = u if scale is None else torch.where(u.sign() * g.sign() > 0, u * scale.to(u.dtype), 0.0)
+    when = recipe.method.decays(recipe.view, recipe.options)
+    if not h.weight_decay or when == "never":
+        return p - step
+    if recipe.compose.cautious_decay:  # with the raw update and the old weights
+        return p - torch.where(u.sign() * p.sign() >= 0, p * (h.lr * h.weight_decay), 0.0) - step
+    return (p - step) * h.decay if when == "after" else p * h.decay - step

@@ -11,17 +11,20 @@ Defaults are torch.optim.AdamW's: lr 1e-3, betas (0.9, 0.999), eps 1e-8, weight 
 Deviation: torch keeps the moments of bfloat16 and float16 parameters in their dtype, where beta2 = 0.999 freezes v
 (0.999 v rounds back to v); here they are float32. float32 and float64 parameters run the very op of
 ``torch.optim.AdamW(fused=True)`` and agree with it bit for bit. No amsgrad, no maximize.
+
+``compat: official`` is the AdamW inside the official C-AdamW, APOLLO and GaLore code: eps is added to sqrt(v) before
+the bias correction (so it weighs ``eps / sqrt(1 - b2^t)``); their default eps is 1e-6.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from memadvise.optim.method import STEP, Hyper, Method, Shape, StateSpec, Tensors
-from memadvise.optim.methods.blockmean import adam_scalars
+from memadvise.optim.method import STEP, Context, Hyper, Method, Part, Shape, StateSpec, Tensors
+from memadvise.optim.methods.blockmean import COMPAT_HELP, CompatOptions, adam_scalars
 
 
 class AdamW(Method):
@@ -30,22 +33,29 @@ class AdamW(Method):
     name = "adamw"
     summary = "both moments in full: the yardstick"
     source = "arXiv 1711.05101"
+    options_type = CompatOptions
+    options_help: ClassVar[dict[str, str]] = {"compat": COMPAT_HELP}
     bytes_help = "8 bytes a parameter"
 
     def spec(self, shape: Shape, options: Any, dtype: torch.dtype) -> dict[str, StateSpec]:
-        full = StateSpec(shape, dtype, elementwise=True)
-        return {"step": STEP, "exp_avg": full, "exp_avg_sq": full}
+        return {
+            "step": STEP,
+            "exp_avg": StateSpec(shape, dtype, elementwise=True, moment="first"),
+            "exp_avg_sq": StateSpec(shape, dtype, elementwise=True, moment="second"),
+        }
 
     def scalars(self, step: Tensor, h: Hyper) -> Tensors:
         return adam_scalars(step, h)
 
-    def apply(
-        self, p: Tensor, g: Tensor, state: Tensors, small: Tensors, h: Hyper, options: Any
-    ) -> tuple[Tensor, Tensors]:
-        m = torch.lerp(state["exp_avg"], g, 1 - h.beta1)
-        v = state["exp_avg_sq"] * h.beta2 + (1 - h.beta2) * g * g
-        update = m / (v.sqrt() / small["bias2_sqrt"] + h.eps)
-        return p * h.decay - update * small["step_size"], {"exp_avg": m, "exp_avg_sq": v}
+    def update(self, part: Part, ctx: Context) -> tuple[Tensor, Tensors]:
+        g, h, small = part.g, ctx.h, part.small
+        m = torch.lerp(part.state["exp_avg"], g, 1 - h.beta1)
+        v = part.state["exp_avg_sq"] * h.beta2 + (1 - h.beta2) * g * g
+        if ctx.options.compat:
+            u = m / (v.sqrt() + h.eps) * small["bias2_sqrt"]
+        else:
+            u = m / (v.sqrt() / small["bias2_sqrt"] + h.eps)
+        return u * small["step_size"], {"exp_avg": m, "exp_avg_sq": v}
 
     def second_moment(self, v: Tensor, options: Any) -> Tensor | None:
         return v

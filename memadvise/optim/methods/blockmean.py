@@ -16,7 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memadvise.optim.method import STEP, Hyper, Method, Shape, StateSpec, Tensors
+from memadvise.optim.method import STEP, Context, Hyper, Method, OptionProblem, Options, Part, Shape, StateSpec, Tensors
+
+COMPAT_HELP = "official: as the official code does it, where that differs (see the method's documentation)"
+
+
+@dataclass(frozen=True)
+class CompatOptions(Options):
+    """``compat``: None, or "official" for what the official code does where it deviates."""
+
+    compat: str | None = None
+
+    def __post_init__(self) -> None:
+        check_compat(self.compat)
+
+
+def check_compat(value: Any) -> None:
+    """Raises OptionProblem for anything but None and "official"."""
+    if value not in (None, "official"):
+        raise OptionProblem("compat", f"compat should be official, or be left out, found {value!r}")
 
 
 @dataclass(frozen=True)
@@ -101,7 +119,7 @@ class BlockMeanAdam(Method):
     def spec(self, shape: Shape, options: Any, dtype: torch.dtype) -> dict[str, StateSpec]:
         return {
             "step": STEP,
-            "exp_avg": StateSpec(shape, dtype, elementwise=True),
+            "exp_avg": StateSpec(shape, dtype, elementwise=True, moment="first"),
             "exp_avg_sq": StateSpec(self.partition(shape, options).state_shape(shape), dtype),
         }
 
@@ -118,22 +136,20 @@ class BlockMeanAdam(Method):
         blocks = self.partition(shape, options)
         return None if blocks.groups else blocks.axes
 
-    def stats(self, g: Tensor, options: Any, *, small: Tensors, round_: int) -> Tensors:
-        return {"sum_squares": self.partition(tuple(g.shape), options).sum_squares(g)}
+    def stats(self, part: Part, ctx: Context, round_: Any) -> Tensors:
+        return {"sum_squares": self.partition(tuple(part.g.shape), ctx.options).sum_squares(part.g)}
 
     def finish(
-        self, sums: Tensors, state: Tensors, small: Tensors, h: Hyper, shape: Shape, options: Any, round_: int
+        self, sums: Tensors, state: Tensors, small: Tensors, ctx: Context, round_: int
     ) -> tuple[Tensors, Tensors]:
-        blocks = self.partition(shape, options)
-        v = torch.lerp(state["exp_avg_sq"], blocks.pool(sums["sum_squares"], shape), 1 - h.beta2)
+        blocks, h = self.partition(ctx.shape, ctx.options), ctx.h
+        v = torch.lerp(state["exp_avg_sq"], blocks.pool(sums["sum_squares"], ctx.shape), 1 - h.beta2)
         scale = small["step_size"] / (v.sqrt().div_(small["bias2_sqrt"]).add_(h.eps))  # in place on its own tensor
         return {"scale": blocks.expand(scale).to(v.dtype)}, {"exp_avg_sq": v}
 
-    def apply(
-        self, p: Tensor, g: Tensor, state: Tensors, small: Tensors, h: Hyper, options: Any
-    ) -> tuple[Tensor, Tensors]:
-        m = torch.lerp(state["exp_avg"], g, 1 - h.beta1)
-        return p * h.decay - m * small["scale"], {"exp_avg": m}
+    def update(self, part: Part, ctx: Context) -> tuple[Tensor, Tensors]:
+        m = torch.lerp(part.state["exp_avg"], part.g, 1 - ctx.h.beta1)
+        return m * part.small["scale"], {"exp_avg": m}
 
     def second_moment(self, v: Tensor, options: Any) -> Tensor | None:
         shape = tuple(v.shape)

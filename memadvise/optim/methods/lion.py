@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memadvise.optim.method import Hyper, Method, Shape, StateSpec, Tensors
+from memadvise.optim.method import Context, Method, Part, Shape, StateSpec, Tensors
 
 
 class Lion(Method):
@@ -32,11 +32,9 @@ class Lion(Method):
     lr_factor = 0.1
 
     def spec(self, shape: Shape, options: Any, dtype: torch.dtype) -> dict[str, StateSpec]:
-        return {"exp_avg": StateSpec(shape, dtype, elementwise=True)}
+        return {"exp_avg": StateSpec(shape, dtype, elementwise=True, moment="first")}
 
-    def apply(
-        self, p: Tensor, g: Tensor, state: Tensors, small: Tensors, h: Hyper, options: Any
-    ) -> tuple[Tensor, Tensors]:
-        m = state["exp_avg"]
-        update = torch.lerp(m, g, 1 - h.beta1).sign()
-        return p * h.decay - update * h.lr, {"exp_avg": torch.lerp(m, g, 1 - h.beta2)}
+    def update(self, part: Part, ctx: Context) -> tuple[Tensor, Tensors]:
+        m, h = part.state["exp_avg"], ctx.h
+        u = torch.lerp(m, part.g, 1 - h.beta1).sign()
+        return u * h.lr, {"exp_avg": torch.lerp(m, part.g, 1 - h.beta2)}

@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from memadvise.optim.method import Hyper, Method, OptionProblem, Options, Shape, StateSpec, Tensors
+from memadvise.optim.method import Context, Method, OptionProblem, Options, Part, Shape, StateSpec, Tensors
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,14 @@ class SGD(Method):
     lr_factor = 100.0
 
     def spec(self, shape: Shape, options: SGDOptions, dtype: torch.dtype) -> dict[str, StateSpec]:
-        return {"momentum_buffer": StateSpec(shape, dtype, elementwise=True)} if options.momentum else {}
+        spec = StateSpec(shape, dtype, elementwise=True, moment="first")
+        return {"momentum_buffer": spec} if options.momentum else {}
 
-    def apply(
-        self, p: Tensor, g: Tensor, state: Tensors, small: Tensors, h: Hyper, options: SGDOptions
-    ) -> tuple[Tensor, Tensors]:
-        if not options.momentum:
-            return p * h.decay - g * h.lr, {}
-        buffer = state["momentum_buffer"] * options.momentum + g
-        return p * h.decay - buffer * h.lr, {"momentum_buffer": buffer}
+    def update(self, part: Part, ctx: Context) -> tuple[Tensor, Tensors]:
+        if not ctx.options.momentum:
+            return part.g * ctx.h.lr, {}
+        buffer = part.state["momentum_buffer"] * ctx.options.momentum + part.g
+        return buffer * ctx.h.lr, {"momentum_buffer": buffer}
+
+    def momentum(self, options: SGDOptions) -> bool:
+        return options.momentum > 0

@@ -1,0 +1,91 @@
+"""AdamW, SlimAdam and Adam-mini as plain optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Unpack
+
+from torch import Tensor
+
+from memadvise.optim.classes.base import PlainOptimizer
+from memadvise.optim.compose import Common
+from memadvise.optim.optimizer import Params
+
+
+class AdamW(PlainOptimizer):
+    """torch.optim.AdamW, bit for bit (fused), with float32 state for every parameter dtype."""
+
+    method = "adamw"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        compat: str | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        executor: str | None = None,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, {"compat": compat},
+            foreach=foreach, fused=fused, executor=executor, common=common,
+        )  # fmt: skip
+
+
+class SlimAdam(PlainOptimizer):
+    """Adam with the second moment of matrices averaged over ``axes``; 0-D and 1-D tensors keep dense AdamW state."""
+
+    method = "slimadam"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        axes: Sequence[int] = (1,),
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        executor: str | None = None,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, {"axes": axes},
+            foreach=foreach, fused=fused, executor=executor, common=common,
+        )  # fmt: skip
+
+
+class AdamMini(PlainOptimizer):
+    """Adam with one second moment a block of matrices; 0-D and 1-D tensors keep dense AdamW state."""
+
+    method = "adam_mini"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        partition: str = "row",
+        heads: int | None = None,
+        segments: Sequence[Sequence[int]] = (),
+        axis: int = 0,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        executor: str | None = None,
+        **common: Unpack[Common],
+    ) -> None:
+        options = {"partition": partition, "heads": heads, "segments": segments, "axis": axis}
+        super().__init__(
+            params, lr, betas, eps, weight_decay, options,
+            foreach=foreach, fused=fused, executor=executor, common=common,
+        )  # fmt: skip
