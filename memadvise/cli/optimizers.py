@@ -22,15 +22,23 @@ def optimizers(
 ) -> None:
     """List methods, their options and what they cost."""
     common.configure(format=format, quiet=quiet, verbose=verbose, no_progress=no_progress)
+    from memadvise.optim.compose import HELP, Compose
     from memadvise.optim.registry import METHODS, method_info
 
     methods = METHODS if name is None else (method_info(name),)
     rows = [_describe(info) for info in methods]
+    types = {f.name: (str(f.type), f.default) for f in dataclasses.fields(Compose)}
+    shared = [
+        {"name": option, "type": _type(types[option][0]), "default": types[option][1], "help": text}
+        for option, text in HELP.items()
+    ]
     if format is common.Format.json:
-        common.deliver(common.to_json({"methods": rows}), output, force=force)
+        document = {"methods": rows, "options_of_every_method": shared}
+        common.deliver(common.to_json(document), output, force=force)
         return
     from memadvise.report.draw import heading, render_text, table
 
+    columns = {"option": "text", "type": "text", "default": "text", "what it means": "text"}
     parts: list[Any] = [
         table(
             {"method": "text", "state bytes per parameter": "text", "what it does": "text", "source": "text"},
@@ -38,11 +46,11 @@ def optimizers(
         )
     ]
     for row in rows:
-        parts.append(heading(f"Options of {row['name']}" if row["options"] else f"{row['name']} has no options"))
+        own = f"Options of {row['name']}" if row["options"] else f"{row['name']} has no options of its own"
+        parts.append(heading(own))
         if row["options"]:
-            cells = [(o["name"], o["type"], _shown(o["default"]), o["help"]) for o in row["options"]]
-            columns = {"option": "text", "type": "text", "default": "text", "what it means": "text"}
-            parts.append(table(columns, cells))
+            parts.append(table(columns, _cells(row["options"])))
+    parts += [heading("Options of every method"), table(columns, _cells(shared))]
     if output is None:
         common.print_renderables(parts)
     else:
@@ -63,6 +71,10 @@ def _describe(info: Any) -> dict[str, Any]:
             for option, text in info.options.items()
         ],
     }
+
+
+def _cells(options: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    return [(o["name"], o["type"], _shown(o["default"]), o["help"]) for o in options]
 
 
 def _shown(default: Any) -> str:

@@ -12,6 +12,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 _MASK = 0xFFFFFFFF
 
@@ -31,7 +32,10 @@ def _mix(h: Tensor) -> Tensor:
 def bits(key: int, start: int, count: int, device: torch.device | str) -> Tensor:
     """``count`` uniform 32-bit integers (as int64) for the elements ``start``, ``start + 1``, ..."""
     low, high = key & _MASK, key >> 32
-    h = torch.arange(start, start + count, device=device, dtype=torch.int64).bitwise_and_(_MASK)
+    if detect_fake_mode() is None:
+        h = torch.arange(start, start + count, device=device, dtype=torch.int64).bitwise_and_(_MASK)
+    else:  # in a trace the numbers do not matter, and following them as known values would compute them
+        h = torch.empty(count, device=device, dtype=torch.int64).bitwise_and_(_MASK)
     h = _mix(h.mul_(0x9E3779B1).add_(low + (start >> 32)).bitwise_and_(_MASK))
     return _mix(h.add_(high).bitwise_and_(_MASK))
 
