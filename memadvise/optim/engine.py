@@ -138,6 +138,9 @@ def state_problem(resolved: Resolved, state: dict[str, Any]) -> str | None:
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
         if shape != spec.shape and not (name == "step" and math.prod(shape) == 1):
             return f"its {name} has shape {list(shape)}, {resolved.setting.key} needs {list(spec.shape)}"
+        if not spec.dtype.is_floating_point and value.dtype != spec.dtype:  # codes and indices do not survive a cast
+            cast, own = (str(dtype).removeprefix("torch.") for dtype in (value.dtype, spec.dtype))
+            return f"its {name} was cast to {cast}, {resolved.setting.key} needs {own}"
     return None
 
 

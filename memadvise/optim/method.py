@@ -66,12 +66,23 @@ def read(tensor: Tensor, otherwise: float) -> float:
 
 
 @dataclass(frozen=True)
+class Runs:
+    """How a factor-sized tensor is cut with its parameter: ``entries`` of its ``axis`` for every ``length`` neighbours
+    of the view's first axis. The last run may be shorter and have fewer; boxes hold whole runs.
+    """
+
+    length: int
+    entries: int = 1
+    axis: int = 0
+
+
+@dataclass(frozen=True)
 class StateSpec:
     """One state tensor: ``shape``, ``dtype``; its bytes are ``numel * itemsize``, known before allocation.
 
     ``elementwise``: it has the parameter's (viewed) shape, is cut like it and changes in ``update``.
     ``moment``: "first" or "second" where a codec may hold it in fewer bits. ``host``: a number that steers the
-    computation and lives on the CPU, like the step.
+    computation and lives on the CPU, like the step. ``runs``: it holds something for every so many elements.
     """
 
     shape: Shape
@@ -79,6 +90,7 @@ class StateSpec:
     elementwise: bool = False
     moment: str | None = None
     host: bool = False
+    runs: Runs | None = None
 
     @property
     def num_bytes(self) -> int:

@@ -18,8 +18,8 @@ from toy import Toy, optimizer_for, same, train, weights
 
 from memadvise.errors import OptimizerError
 from memadvise.optim.executors import chunked, eager, inplace
-from memadvise.optim.executors.work import Work, box_shape, boxes
-from memadvise.optim.method import Context, Hyper, Method, Options, Part, Shape, StateSpec, Tensors
+from memadvise.optim.executors.work import Cuts, Work, box_shape, boxes
+from memadvise.optim.method import Context, Hyper, Method, Options, Part, Runs, Shape, StateSpec, Tensors
 from memadvise.optim.optimizer import MemadviseOptimizer
 from memadvise.optim.recipe import make_recipe
 from memadvise.optim.registry import fitted, list_methods, problems_of
@@ -165,6 +165,22 @@ def test_boxes_cover_every_element_once_and_are_bounded(shape: list[int], limit:
         found += itertools.product(*(range(part.start, part.stop) for part in box))
     assert sorted(found) == sorted(itertools.product(*(range(size) for size in shape)))
     assert len(found) == math.prod(shape)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=3), st.integers(1, 60), st.integers(1, 4), st.integers(1, 3))
+def test_boxes_hold_whole_runs_and_what_belongs_to_them(
+    shape: list[int], limit: int, length: int, entries: int
+) -> None:
+    cuts = Cuts(tuple(shape), limit, granule=length)
+    inner = math.prod(shape[1:])
+    assert all(box[0].start % length == 0 for box in cuts.boxes)
+    if length > 1:
+        assert all(math.prod(cut) <= max(limit, length * inner) for cut in cuts.shapes)
+        held = torch.arange(3 * (shape[0] // length * entries + min(shape[0] % length, entries))).view(3, -1)
+        parts = cuts.runs(held, Runs(length, entries, axis=1))
+        assert torch.equal(torch.cat(list(parts), 1), held)  # nothing twice, nothing lost
+        for box, part in zip(cuts.boxes[:-1], parts, strict=False):
+            assert part.shape == (3, (box[0].stop - box[0].start) // length * entries)
 
 
 # ---------------------------------------------------------------- methods to come

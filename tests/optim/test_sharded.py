@@ -10,9 +10,14 @@ from cases import Case, all_settings
 from torch import nn
 
 from memadvise.optim.optimizer import MemadviseOptimizer
+from memadvise.optim.registry import method_info
 from memadvise.plan.schema import Setting
 
-SETTINGS = [(case, setting) for case, setting in all_settings() if "heads" not in setting.options]
+SETTINGS = [
+    (case, setting)
+    for case, setting in all_settings()
+    if "heads" not in setting.options and method_info(setting.method).method.sharded
+]
 
 
 def _gradient(shape: torch.Size, number: int) -> torch.Tensor:

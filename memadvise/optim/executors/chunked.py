@@ -69,7 +69,8 @@ def _layout(recipe: Recipe, limit: int) -> tuple[bool, Cuts]:
     """
     method, options, view = recipe.method, recipe.options, recipe.view
     whole = method.whole_axes(view, options)
-    cuts = Cuts(view, limit, whole)
+    runs = [spec.runs.length for spec in recipe.logical.values() if spec.runs is not None]
+    cuts = Cuts(view, limit, whole, math.lcm(*runs))
     if not all(aligned(recipe.coded[name], cuts) for name in recipe.elementwise if name in recipe.coded):
         cuts = Cuts(view, max(math.prod(view), 1))  # blocks that no row holds: all at once
     axes = method.reduced_axes(view, options)
@@ -169,10 +170,15 @@ class _Stepper:
 
     def _taken(self, tensors: Tensors) -> dict[str, Sequence[Tensor]]:
         """Factor-sized tensors, cut to the boxes they belong to."""
-        method = self.method
-        if type(method).take is Method.take:
-            return {name: self.cuts.parts(value) for name, value in tensors.items()}
-        return {name: [method.take(name, value, box) for box in self.cuts.boxes] for name, value in tensors.items()}
+        return {name: self._take(name, value) for name, value in tensors.items()}
+
+    def _take(self, name: str, tensor: Tensor) -> Sequence[Tensor]:
+        spec = self.recipe.logical.get(name)
+        if spec is not None and spec.runs is not None:
+            return self.cuts.runs(tensor, spec.runs)
+        if type(self.method).take is Method.take:
+            return self.cuts.parts(tensor)
+        return [self.method.take(name, tensor, box) for box in self.cuts.boxes]
 
     @staticmethod
     def _box(tensors: dict[str, Sequence[Tensor]], i: int) -> Tensors:

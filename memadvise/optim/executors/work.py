@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memadvise.optim import noise
-from memadvise.optim.method import Box, Context, Hyper, Shape, Tensors, broadcast_part
+from memadvise.optim.method import Box, Context, Hyper, Runs, Shape, Tensors, broadcast_part
 from memadvise.optim.recipe import CORRECTION, Coded, Recipe
 from memadvise.optim.weights import WeightPart
 
@@ -125,17 +125,18 @@ def aligned(coded: Coded, cuts: Cuts) -> bool:
     return True
 
 
-def boxes(shape: Shape, limit: int, whole: int = 0) -> Iterator[Box]:
+def boxes(shape: Shape, limit: int, whole: int = 0, granule: int = 1) -> Iterator[Box]:
     """Cut ``shape`` in boxes of at most ``limit`` elements: chunks of rows, or parts of a row that is too large.
 
-    The last ``whole`` axes are never cut. Every box is a run of neighbours in row-major order.
+    The last ``whole`` axes are never cut, the first only at multiples of ``granule``, and no other if that is above 1:
+    boxes are larger than ``limit`` where they must. Every box is a run of neighbours in row-major order.
     """
     if math.prod(shape) <= limit or len(shape) <= whole:
         yield tuple(slice(0, size) for size in shape)
         return
     inner = math.prod(shape[1:])
-    if inner <= limit or len(shape) - 1 <= whole:
-        rows = max(limit // inner, 1)
+    if inner <= limit or len(shape) - 1 <= whole or granule > 1:
+        rows = max(limit // (inner * granule), 1) * granule
         rest = tuple(slice(0, size) for size in shape[1:])
         for start in range(0, shape[0], rows):
             yield (slice(start, min(start + rows, shape[0])), *rest)
@@ -153,9 +154,9 @@ def box_shape(box: Box) -> Shape:
 class Cuts:
     """The boxes of a shape, and how tensors of that shape, or that broadcast against it, are cut by them."""
 
-    def __init__(self, shape: Shape, limit: int, whole: int = 0) -> None:
+    def __init__(self, shape: Shape, limit: int, whole: int = 0, granule: int = 1) -> None:
         self.shape = shape
-        self.boxes = list(boxes(shape, limit, whole))
+        self.boxes = list(boxes(shape, limit, whole, granule))
         self.shapes = [box_shape(box) for box in self.boxes]
         strides = [math.prod(shape[a + 1 :]) for a in range(len(shape))]
         self.starts = [sum(part.start * s for part, s in zip(box, strides, strict=True)) for box in self.boxes]
@@ -169,6 +170,18 @@ class Cuts:
         if self._rows is not None:  # one call for all chunks of rows
             return [tensor] * len(self.boxes) if tensor.shape[0] == 1 else tensor.split(self._rows)
         return [broadcast_part(tensor, box) for box in self.boxes]
+
+    def runs(self, tensor: Tensor, runs: Runs) -> Sequence[Tensor]:
+        """One view of ``tensor`` for each box, of what it holds for the runs in it."""
+        if len(self.boxes) == 1:
+            return [tensor]
+        parts = []
+        for box in self.boxes:
+            first = box[0].start // runs.length * runs.entries
+            last = box[0].stop // runs.length * runs.entries
+            last = tensor.shape[runs.axis] if box[0].stop == self.shape[0] else last
+            parts.append(tensor.narrow(runs.axis, first, last - first))
+        return parts
 
 
 # ---------------------------------------------------------------- caution and the move itself
