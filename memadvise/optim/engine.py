@@ -17,12 +17,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from memadvise.errors import OptimizerError
 from memadvise.optim.executors import chunked, eager, fused
 from memadvise.optim.executors.work import Work
-from memadvise.optim.method import Hyper, Shape, StateSpec, Tensors, device_type, read
+from memadvise.optim.method import Hyper, Shape, StateSpec, Tensors, compute_dtype, device_type, read
 from memadvise.optim.noise import key_of
 from memadvise.optim.recipe import Recipe, make_recipe
 from memadvise.optim.registry import parse_setting, validate
 from memadvise.plan.schema import Setting
 
+_LANES = 64  # more than any instruction set's vectors and their unrolling
 EXECUTORS = ("eager", "chunked", "fused")
 
 
@@ -65,9 +66,8 @@ def resolve(name: str, p: Tensor, setting: Setting) -> Resolved:
 def choose_executor(resolved: Resolved, p: Tensor, forced: str | None) -> str:
     """``fused`` where it is the same arithmetic, else ``chunked``; ``eager`` for tensor subclasses such as DTensor."""
     if forced == "fused" and not fused.supports(resolved.recipe, p):
-        dtype = str(p.dtype).removeprefix("torch.")
         raise OptimizerError(
-            f"{resolved.name} ({resolved.setting.key}, {dtype}) cannot use the fused executor",
+            f"{resolved.name} ({resolved.setting.key}, {_short(p.dtype)}) cannot use the fused executor",
             hint='it runs adamw on float32 and float64 only: leave executor unset, or use executor="chunked"',
         )
     if forced is not None:
@@ -86,6 +86,10 @@ def choose_executor(resolved: Resolved, p: Tensor, forced: str | None) -> str:
 def _is_subclass(p: Tensor) -> bool:
     """Whether ``p`` wraps other tensors (a DTensor, a quantized weight); a fake tensor does not."""
     return bool(is_traceable_wrapper_subclass(p))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_executor(executor: str | None) -> None:
@@ -135,9 +139,14 @@ def state_problem(resolved: Resolved, state: dict[str, Any]) -> str | None:
         return f"it holds {have}, {resolved.setting.key} needs {want}"
     for name, spec in resolved.specs.items():
         value = state[name]
+        if not isinstance(value, Tensor | int | float):
+            return f"its {name} is of type {type(value).__name__}, not a tensor"
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
         if shape != spec.shape and not (name == "step" and math.prod(shape) == 1):
             return f"its {name} has shape {list(shape)}, {resolved.setting.key} needs {list(spec.shape)}"
+        if isinstance(value, Tensor) and value.dtype != spec.dtype:
+            if not (value.is_floating_point() and spec.dtype.is_floating_point):  # codes are no numbers to be rounded
+                return f"its {name} is {_short(value.dtype)}, {resolved.setting.key} needs {_short(spec.dtype)}"
         if not spec.dtype.is_floating_point and value.dtype != spec.dtype:  # codes and indices do not survive a cast
             cast, own = (str(dtype).removeprefix("torch.") for dtype in (value.dtype, spec.dtype))
             return f"its {name} was cast to {cast}, {resolved.setting.key} needs {own}"
@@ -145,11 +154,20 @@ def state_problem(resolved: Resolved, state: dict[str, Any]) -> str | None:
 
 
 def check_gradient(resolved: Resolved, p: Tensor, g: Tensor) -> None:
-    """Raises OptimizerError for what no method here can step: a changed shape, a sparse or complex gradient."""
+    """Raises OptimizerError for what cannot be stepped: a changed shape or precision, a sparse or complex gradient.
+
+    NaN and inf are not looked for: finding them would wait for the device. They go into weights and state, as in torch.
+    """
     if tuple(p.shape) != resolved.shape:
         raise OptimizerError(
             f"{resolved.name} had shape {list(resolved.shape)} when the optimizer was made and has {list(p.shape)} now",
             hint="make the optimizer after the model has its final shapes (and after sharding or flattening it)",
+        )
+    made = resolved.recipe.dtype
+    if p.dtype != made and (compute_dtype(p.dtype) != compute_dtype(made) or resolved.recipe.form.problem(p)):
+        raise OptimizerError(
+            f"{resolved.name} was {_short(made)} when the optimizer was made and is {_short(p.dtype)} now",
+            hint="make the optimizer after the model has its final dtype",
         )
     if g.layout != torch.strided:
         raise OptimizerError(
@@ -200,14 +218,17 @@ def _set_scalars(works: list[Work], h: Hyper) -> None:
         if "step" in work.recipe.specs:
             groups.setdefault((work.recipe.method.name, work.state["step"].device), []).append(work)
     for members in groups.values():
+        # in whole vectors: pow gives other last bits to the remainder, and a parameter's step would depend on how
+        # many others are stepped with it
         steps = torch.stack([work.state["step"] for work in members]).to(torch.float64)
+        steps = torch.nn.functional.pad(steps, (0, -len(members) % _LANES), value=1.0)
         for work in members:
             if work.state["step"].device.type == "cpu":  # elsewhere it would have to be waited for
                 work.step = int(read(work.state["step"], 1))
         if isinstance(h.lr, Tensor):  # a learning rate on the device stays there: reading it would wait for the device
             steps = steps.to(h.lr.device, non_blocking=True)
         for name, values in members[0].recipe.method.scalars(steps, h).items():
-            for work, value in zip(members, values.unbind(), strict=True):
+            for work, value in zip(members, values[: len(members)].unbind(), strict=True):
                 work.scalars[name] = value
 
 

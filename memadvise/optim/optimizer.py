@@ -19,7 +19,7 @@ from memadvise.errors import OptimizerError
 from memadvise.names import canonical_name
 from memadvise.optim import compose, engine
 from memadvise.optim.engine import Resolved
-from memadvise.optim.method import Hyper
+from memadvise.optim.method import Hyper, Tensors
 from memadvise.optim.registry import canonical_key, fitted, parse_setting
 from memadvise.plan.schema import Setting
 
@@ -138,29 +138,47 @@ class MemadviseOptimizer(Optimizer):
             closure: re-evaluates the model and returns the loss; called once, first, with gradients enabled.
 
         Raises:
-            OptimizerError: a sparse or complex gradient, or a parameter whose shape changed.
+            OptimizerError: a sparse or complex gradient, or a parameter whose shape or precision changed: then no
+                parameter of any group is stepped.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
-            for group in self.param_groups:
-                self._step_group(group)
+        self._step([(group, group["params"]) for group in self.param_groups])
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        present = [(self._resolved[p], p, p.grad) for p in group["params"] if p.grad is not None]
-        for resolved, p, g in present:
-            engine.check_gradient(resolved, p, g)
-        items = []
-        for resolved, p, g in present:
-            state = self.state[p] if resolved.specs else {}
-            if not state and resolved.specs:
-                state.update(engine.new_state(resolved, p, engine.choose_executor(resolved, p, self._executor)))
-            items.append((resolved, p, g, state))
-        beta1, beta2 = group["betas"]
-        engine.run(items, Hyper(group["lr"], beta1, beta2, group["eps"], group["weight_decay"]), self._executor)
+    def step_parameters(self, group: dict[str, Any], params: Iterable[Tensor]) -> None:
+        """What :meth:`step` does, for some parameters of one of ``param_groups`` and no others.
+
+        Raises:
+            OptimizerError: as :meth:`step`.
+        """
+        self._step([(group, params)])
+
+    def _step(self, chosen: Iterable[tuple[dict[str, Any], Iterable[Tensor]]]) -> None:
+        """Step parameters of some groups. All are checked, and have their state, before the first one moves."""
+        made: dict[Tensor, Tensors] = {}
+        work: list[tuple[Hyper, list[tuple[Resolved, Tensor, Tensor, Tensors]]]] = []
+        with torch.no_grad():
+            for group, params in chosen:
+                beta1, beta2 = group["betas"]
+                hyper = Hyper(group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
+                work.append((hyper, []))
+                for p in params:
+                    g, resolved = p.grad, self._resolved[p]
+                    if g is not None:
+                        engine.check_gradient(resolved, p, g)
+                        work[-1][1].append((resolved, p, g, self.state.get(p) or {}))
+            for _, items in work:
+                for resolved, p, _, state in items:
+                    if not state and resolved.specs:
+                        executor = engine.choose_executor(resolved, p, self._executor)
+                        state.update(engine.new_state(resolved, p, executor))
+                        made[p] = state
+            self.state.update(made)
+            for hyper, items in work:
+                engine.run(items, hyper, self._executor)
 
     def memory(self) -> tuple[ParameterMemory, ...]:
         """Per parameter, in order: its setting, executor, and the bytes of its state, known before the first step."""
