@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from memadvise.optim import release
     from memadvise.optim.classes.adam import AdamMini, AdamW, SlimAdam
     from memadvise.optim.classes.first_order import SGD, Lion
     from memadvise.optim.create import bind_plan, create_optimizer
@@ -25,10 +26,22 @@ _LAZY = {
     "create_optimizer": "create",
 }
 
-__all__ = ["SGD", "AdamMini", "AdamW", "Lion", "MemadviseOptimizer", "SlimAdam", "bind_plan", "create_optimizer"]
+__all__ = [
+    "SGD",
+    "AdamMini",
+    "AdamW",
+    "Lion",
+    "MemadviseOptimizer",
+    "SlimAdam",
+    "bind_plan",
+    "create_optimizer",
+    "release",
+]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "release":
+        return importlib.import_module("memadvise.optim.release")
     if name in _LAZY:
         return getattr(importlib.import_module(f"memadvise.optim.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'memadvise.optim' has no attribute '{name}'")

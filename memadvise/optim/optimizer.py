@@ -7,6 +7,7 @@ refused by name.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, overload
@@ -177,8 +178,9 @@ class MemadviseOptimizer(Optimizer):
                         state.update(engine.new_state(resolved, p, executor))
                         made[p] = state
             self.state.update(made)
-            for hyper, items in work:
-                engine.run(items, hyper, self._executor)
+            with _no_autocast({p.device.type for _, items in work for _, p, _, _ in items}):
+                for hyper, items in work:
+                    engine.run(items, hyper, self._executor)
 
     def memory(self) -> tuple[ParameterMemory, ...]:
         """Per parameter, in order: its setting, executor, and the bytes of its state, known before the first step."""
@@ -292,6 +294,16 @@ class MemadviseOptimizer(Optimizer):
             for key, value in self.defaults.items():
                 if key != "differentiable":
                     group.setdefault(key, value)
+
+
+@contextlib.contextmanager
+def _no_autocast(kinds: Iterable[str]) -> Iterator[None]:
+    """The arithmetic of a step is float32, also where it is called within autocast (backward may be, too)."""
+    with contextlib.ExitStack() as stack:
+        for kind in kinds:
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _check_hyper(group: dict[str, Any]) -> None:
