@@ -202,13 +202,20 @@ class _Stepper:
         return prepare
 
     def _visit(self, round_: Round, small: Tensors, shapes: dict[str, Shape]) -> Tensors:
-        dtype = compute_dtype(self.work.p.dtype)
-        totals = {name: torch.zeros(size, device=self.work.p.device, dtype=dtype) for name, size in shapes.items()}
-        parts, smalls = self._taken(totals), self._taken(small)
+        dtype, device = compute_dtype(self.work.p.dtype), self.work.p.device
+        totals: Tensors = {}
+        parts: dict[str, Sequence[Tensor]] = {}
+        smalls = self._taken(small)
         for i in range(len(self.cuts.shapes)):
             part = self._part(i, self._box(smalls, i))
             for name, value in inplace.stats(self.method, part, self.ctx, round_, self._temporaries(i)[0]).items():
+                if name not in totals:  # sums given in float64 are summed in float64
+                    wide = torch.promote_types(dtype, value.dtype)
+                    totals[name] = torch.zeros(shapes[name], device=device, dtype=wide)
+                    parts.update(self._taken({name: totals[name]}))
                 parts[name][i].add_(value)
+        for name in shapes.keys() - totals.keys():  # a parameter without elements
+            totals[name] = torch.zeros(shapes[name], device=device, dtype=dtype)
         return totals
 
     def _caution(self, prepares: Sequence[_Prepare]) -> Tensor:
