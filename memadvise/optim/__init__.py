@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from memadvise.optim import release
     from memadvise.optim.classes.adam import AdamMini, AdamW, SlimAdam
     from memadvise.optim.classes.first_order import SGD, Lion
+    from memadvise.optim.classes.micro import MicroAdam
     from memadvise.optim.create import bind_plan, create_optimizer
     from memadvise.optim.optimizer import MemadviseOptimizer
 
@@ -22,6 +23,7 @@ _LAZY = {
     "SGD": "classes.first_order",
     "SlimAdam": "classes.adam",
     "MemadviseOptimizer": "optimizer",
+    "MicroAdam": "classes.micro",
     "bind_plan": "create",
     "create_optimizer": "create",
 }
@@ -32,6 +34,7 @@ __all__ = [
     "AdamW",
     "Lion",
     "MemadviseOptimizer",
+    "MicroAdam",
     "SlimAdam",
     "bind_plan",
     "create_optimizer",

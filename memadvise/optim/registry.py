@@ -18,6 +18,7 @@ from memadvise.optim.method import Method, OptionProblem, Options, Shape, StateS
 from memadvise.optim.methods.adam_mini import AdamMini
 from memadvise.optim.methods.adamw import AdamW
 from memadvise.optim.methods.lion import Lion
+from memadvise.optim.methods.micro_adam import MicroAdam
 from memadvise.optim.methods.sgd import SGD
 from memadvise.optim.methods.slimadam import SlimAdam
 from memadvise.optim.recipe import make_recipe
@@ -53,7 +54,15 @@ def _info(method: Method) -> MethodInfo:
     )
 
 
-METHODS: tuple[MethodInfo, ...] = tuple(_info(m) for m in (AdamW(), SlimAdam(), AdamMini(), Lion(), SGD()))
+_METHODS: tuple[Method, ...] = (
+    AdamW(),
+    SlimAdam(),
+    AdamMini(),
+    Lion(),
+    SGD(),
+    MicroAdam(),
+)
+METHODS: tuple[MethodInfo, ...] = tuple(_info(method) for method in _METHODS)
 _BY_NAME = {info.name: info for info in METHODS}
 
 

@@ -70,6 +70,8 @@ def _layout(recipe: Recipe, limit: int) -> tuple[bool, Cuts]:
     method, options, view = recipe.method, recipe.options, recipe.view
     whole = method.whole_axes(view, options)
     runs = [spec.runs.length for spec in recipe.logical.values() if spec.runs is not None]
+    if _kernel(recipe) is None:  # pure functions make a few temporaries of a box's size
+        limit = max(limit // 2, 1)
     cuts = Cuts(view, limit, whole, math.lcm(*runs))
     if not all(aligned(recipe.coded[name], cuts) for name in recipe.elementwise if name in recipe.coded):
         cuts = Cuts(view, max(math.prod(view), 1))  # blocks that no row holds: all at once
@@ -133,6 +135,7 @@ class _Stepper:
                 for name, value in new.items():
                     factors[name][i].copy_(value)
                 self._apply(i, small, scale)
+                del small, new  # before the next box needs as much
             return
         small, new = self.method.prepare(self._visit, self.work.factors(), self.ctx)
         smalls = self._taken(small)

@@ -32,7 +32,7 @@ class Case:
     reference: Reference
     state_bytes: Callable[[tuple[int, ...], dict[str, Any]], int]  # closed form, float32
     lr: float
-    scale_invariant: bool
+    scale_invariant: bool | Callable[[dict[str, Any]], bool]  # the options of a setting -> whether
     fused: bool = False
 
 
