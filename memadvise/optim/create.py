@@ -6,18 +6,17 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from memadvise.errors import Mark, MemadviseError, OptimizerError, PlanError
 from memadvise.names import canonical_name, matches, repeat_pattern
+from memadvise.optim.int8_weights import Int8Weight, holdable, quantize_weights
 from memadvise.optim.optimizer import MemadviseOptimizer
-from memadvise.optim.registry import method_info, problems_of
+from memadvise.optim.registry import fitted, method_info, problems_of
+from memadvise.optim.weights import Int8
 from memadvise.plan.schema import ModelShape, Plan, Rule, Setting
-
-if TYPE_CHECKING:
-    from torch import nn
 
 _SHOWN = 4
 
@@ -35,6 +34,9 @@ def create_optimizer(
 ) -> MemadviseOptimizer:
     """The optimizer that executes ``plan`` on the trainable parameters of ``model``.
 
+    Parameters for which the plan says ``weights: int8`` are replaced in the model (:func:`quantize_weights`), which
+    must happen before groups, hooks or a checkpoint's weights take hold of them; where that was done, nothing changes.
+
     Args:
         model: its trainable parameters are optimized, tied ones once; frozen ones are left alone.
         plan: the path of a plan file, a plan, or one setting for every parameter (0-D and 1-D tensors then keep dense
@@ -45,7 +47,7 @@ def create_optimizer(
         eps: as in torch.optim.AdamW.
         executor: "eager", "chunked" or "fused"; None chooses.
         param_groups: your own groups of the model's parameters (tensors or named pairs), kept in number and order;
-            default one group with every trainable parameter.
+            default one group with every trainable parameter. Not with parameters that are yet to be held in int8.
 
     Raises:
         PlanError: every mistake of the plan, at once, with its place in the file.
@@ -70,10 +72,41 @@ def create_optimizer(
         methods = {setting.method for setting in settings.values()}
     if betas is None:
         betas = method_info(methods.pop()).method.default_betas if len(methods) == 1 else (0.9, 0.999)
-    groups = list(trainable.items()) if param_groups is None else _named_groups(param_groups, trainable)
-    return MemadviseOptimizer(
-        groups, settings, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, executor=executor
-    )
+    given = None if param_groups is None else _named_groups(param_groups, trainable)
+
+    def make(parameters: Mapping[str, Tensor]) -> MemadviseOptimizer:
+        groups = list(parameters.items()) if given is None else given
+        return MemadviseOptimizer(
+            groups, settings, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, executor=executor
+        )
+
+    narrowed = _to_be_int8(trainable, settings)
+    for index, group in enumerate(given or ()):
+        if lost := [name for name, _ in group["params"] if name in narrowed]:
+            raise OptimizerError(
+                f"group {index} holds {lost[0]}, which weights: int8 would replace by another parameter",
+                hint="call memadvise.optim.quantize_weights(model, ...) first, then make the groups",
+            )
+    if narrowed and given is None:
+        stand_ins = {name: Int8Weight.from_float(p.detach().to("meta")) for name, p in narrowed.items()}
+        make({**trainable, **stand_ins})  # whatever is wrong is said before the model changes
+        quantize_weights(model, narrowed)
+        trainable = {name: p for name, p in _named(model).items() if p.requires_grad}
+    return make(trainable)
+
+
+def _to_be_int8(trainable: Mapping[str, Tensor], settings: Setting | Mapping[str, Setting]) -> dict[str, Tensor]:
+    """The parameters that their settings want in int8 and that are not yet."""
+    narrowed = {}
+    for name, p in trainable.items():
+        if nn.parameter.is_lazy(p):
+            continue  # refused elsewhere
+        setting = fitted(settings, tuple(p.shape)) if isinstance(settings, Setting) else settings[name]
+        if setting.options.get("weights") == Int8.name and not isinstance(p, Int8Weight):
+            if not holdable(p):
+                raise OptimizerError(f"{name} is a {type(p).__name__} of {p.dtype}, which cannot be held in int8")
+            narrowed[name] = p
+    return narrowed
 
 
 def _named(model: nn.Module) -> dict[str, Tensor]:

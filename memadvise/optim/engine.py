@@ -17,10 +17,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from memadvise.errors import OptimizerError
 from memadvise.optim.executors import chunked, eager, fused
 from memadvise.optim.executors.work import Work
+from memadvise.optim.int8_tensor import Int8Weight
 from memadvise.optim.method import Hyper, Shape, StateSpec, Tensors, compute_dtype, device_type, read
 from memadvise.optim.noise import key_of
 from memadvise.optim.recipe import Recipe, make_recipe
 from memadvise.optim.registry import parse_setting, validate
+from memadvise.optim.weights import FORMS
 from memadvise.plan.schema import Setting
 
 _LANES = 64  # more than any instruction set's vectors and their unrolling
@@ -55,12 +57,26 @@ def resolve(name: str, p: Tensor, setting: Setting) -> Resolved:
         hint = "split a complex parameter in its real and imaginary parts" if p.is_complex() else None
         raise OptimizerError(f"{name} has dtype {p.dtype}, which no method here can step", hint=hint)
     shape = tuple(p.shape)
+    if isinstance(p, Int8Weight):
+        setting = _of_int8(name, setting)
     validate(setting, shape, name=name)
     parsed = parse_setting(setting)
-    recipe = make_recipe(parsed.method, parsed.options, shape, p.dtype, parsed.compose)
-    if problem := recipe.form.problem(p):
+    form = FORMS[parsed.compose.weights]
+    if problem := form.problem(p):
         raise OptimizerError(f"{name}: {problem}", hint="leave 'weights' out for it")
+    recipe = make_recipe(parsed.method, parsed.options, shape, p.dtype, parsed.compose, form.blocks(p))
     return Resolved(name, shape, setting, recipe, key_of(parsed.compose.seed, name))
+
+
+def _of_int8(name: str, setting: Setting) -> Setting:
+    """``setting`` for int8 weights: there is one way to write them, so it need not be said."""
+    weights = setting.options.get("weights", "int8")
+    if weights != "int8":
+        raise OptimizerError(
+            f"{name} holds int8 weights, which weights: {weights} cannot write",
+            hint="leave 'weights' out for it, or call dequantize_weights(model) first",
+        )
+    return Setting(setting.method, {**setting.options, "weights": "int8"})
 
 
 def choose_executor(resolved: Resolved, p: Tensor, forced: str | None) -> str:
@@ -84,8 +100,8 @@ def choose_executor(resolved: Resolved, p: Tensor, forced: str | None) -> str:
 
 
 def _is_subclass(p: Tensor) -> bool:
-    """Whether ``p`` wraps other tensors (a DTensor, a quantized weight); a fake tensor does not."""
-    return bool(is_traceable_wrapper_subclass(p))
+    """Whether ``p`` wraps other tensors (a DTensor, a quantized weight) and is none of ours."""
+    return bool(is_traceable_wrapper_subclass(p)) and not isinstance(p, Int8Weight)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -43,6 +43,7 @@ class Recipe:
     logical: dict[str, StateSpec]
     specs: dict[str, StateSpec]
     coded: dict[str, Coded]
+    blocks: tuple[Rows, int] | None = None  # of the weights, where they are held in blocks
 
     @property
     def form(self) -> WeightForm:
@@ -66,8 +67,15 @@ class Recipe:
 
 
 @lru_cache(maxsize=8192)
-def make_recipe(method: Method, options: Any, shape: Shape, dtype: torch.dtype, compose: Compose = PLAIN) -> Recipe:
-    """The recipe for a parameter of ``shape`` and ``dtype`` (its own)."""
+def make_recipe(
+    method: Method,
+    options: Any,
+    shape: Shape,
+    dtype: torch.dtype,
+    compose: Compose = PLAIN,
+    blocks: tuple[Rows, int] | None = None,
+) -> Recipe:
+    """The recipe for a parameter of ``shape`` and ``dtype`` (its own), its weights perhaps held in ``blocks``."""
     view = tuple(method.view(shape, options))
     logical = method.spec(view, options, compute_dtype(dtype))
     specs: dict[str, StateSpec] = {}
@@ -86,4 +94,4 @@ def make_recipe(method: Method, options: Any, shape: Shape, dtype: torch.dtype, 
     noisy = form.noisy or (coded and compose.rounding == "stochastic")
     if noisy and "step" not in specs:  # random numbers depend on the step
         specs = {"step": STEP, **specs}
-    return Recipe(method, options, compose, view, dtype, logical, specs, coded)
+    return Recipe(method, options, compose, view, dtype, logical, specs, coded, blocks)

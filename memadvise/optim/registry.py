@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from memadvise.optim.methods.micro_adam import MicroAdam
 from memadvise.optim.methods.sgd import SGD
 from memadvise.optim.methods.slimadam import SlimAdam
 from memadvise.optim.recipe import make_recipe
+from memadvise.optim.weights import FORMS
 from memadvise.plan.schema import Setting
 
 DENSE = Setting("adamw")
@@ -157,6 +159,10 @@ def problems_of(
         else:
             fits_name = f"{name}: "
             method.check(tuple(shape), parsed.options)
+            form = FORMS[parsed.compose.weights]
+            if form.matrix_only and (len(shape) < 2 or not math.prod(shape)):
+                message = f"weights: {form.name} is for matrices, not for a tensor of shape {list(shape)}"
+                raise OptionProblem("weights", message, "leave 'weights' out for it")
             specs = method.spec(method.view(tuple(shape), parsed.options), parsed.options, torch.float32)
             composition.check(method, parsed.options, parsed.compose, specs)
     except OptionProblem as problem:
@@ -172,6 +178,9 @@ def fitted(setting: Setting, shape: Shape) -> Setting:
     if len(shape) >= 2 or setting.method not in _BY_NAME:
         return setting
     options = {k: v for k, v in setting.options.items() if k not in ("first_moment", "second_moment")}
+    form = FORMS.get(str(options.get("weights")))
+    if form is not None and form.matrix_only:
+        del options["weights"]
     if not method_info(setting.method).method.matrix_only:
         return Setting(setting.method, options)
     return Setting(DENSE.method, {k: v for k, v in options.items() if k in composition.NAMES})

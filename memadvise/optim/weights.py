@@ -3,12 +3,15 @@
 * ``nearest``: rounded to the parameter's dtype. For float32 and float64 that is exact; a bfloat16 weight of 1.0 ignores
   every update below 0.002.
 * ``stochastic``: bfloat16, rounded up or down at random so that small updates arrive on average (arXiv 2010.06192).
+* ``int8``: bytes in groups of 128 with a scale and a zero point, rounded at random: 1.023 bytes a weight, nothing
+  beside them. The parameter is an :class:`~memadvise.optim.int8_tensor.Int8Weight`.
 
 A form is opened on a parameter cut in boxes: one :class:`WeightPart` a box, which loads and stores float32 values.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
@@ -17,6 +20,9 @@ import torch
 from torch import Tensor
 
 from memadvise.optim.codecs.bf16 import to_bfloat16
+from memadvise.optim.codecs.codec import Rows
+from memadvise.optim.int8_groups import decode, encode_
+from memadvise.optim.int8_tensor import Int8Weight
 from memadvise.optim.method import Shape, StateSpec, Tensors, compute_dtype
 
 if TYPE_CHECKING:
@@ -40,10 +46,15 @@ class WeightForm(ABC):
 
     name: ClassVar[str]
     noisy: ClassVar[bool] = False
+    matrix_only: ClassVar[bool] = False  # vectors and scalars cannot be held so
 
     @abstractmethod
     def problem(self, p: Tensor) -> str | None:
         """Why ``p`` cannot be held in this form; None if it can."""
+
+    def blocks(self, p: Tensor) -> tuple[Rows, int] | None:
+        """Rows, and elements of a block in them, that no box may cut; None if any box will do."""
+        return None
 
     def specs(self, shape: Shape) -> dict[str, StateSpec]:
         """State of a parameter of (viewed) ``shape``, cut in boxes like it."""
@@ -99,4 +110,44 @@ class Stochastic(WeightForm):
         return [_Rounded(part) for part in cuts.parts(p)]
 
 
-FORMS: dict[str, WeightForm] = {form.name: form for form in (Nearest(), Stochastic())}
+class _Int8Part(WeightPart):
+    def __init__(self, w: Int8Weight, start: int, shape: Shape) -> None:
+        self.w, self.shape, self.held = w, shape, w.region(start, start + math.prod(shape))
+
+    def load(self, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            out = torch.empty(self.shape, dtype=compute_dtype(self.w.dtype), device=self.w.device)
+        decode(*self.held, self.w.group, out.view(self.held[0].shape))
+        return out
+
+    def store(self, values: Tensor, noise: Tensor | None) -> None:
+        noise = None if noise is None else noise.reshape(self.held[0].shape)
+        encode_(values.reshape(self.held[0].shape), *self.held, self.w.group, noise)
+
+
+class Int8(WeightForm):
+    """Groups of integers with a scale and a zero point, rounded at random."""
+
+    name = "int8"
+    noisy = True
+    matrix_only = True
+
+    def problem(self, p: Tensor) -> str | None:
+        if not isinstance(p, Int8Weight):
+            return (
+                "weights: int8 needs a parameter that is held so: call memadvise.optim.quantize_weights(model) before "
+                "making the optimizer, or use create_optimizer(model, plan), which does"
+            )
+        return "it is a part of int8 weights, not a whole parameter" if p.views else None
+
+    def blocks(self, p: Tensor) -> tuple[Rows, int] | None:
+        assert isinstance(p, Int8Weight)
+        return p.blocks
+
+    def parts(self, p: Tensor, extra: Tensors, cuts: Cuts) -> Sequence[WeightPart]:
+        assert isinstance(p, Int8Weight)
+        torch.autograd.graph.increment_version(p)  # a backward pass that still needs the old weights has to say so
+        return [_Int8Part(p, start, shape) for start, shape in zip(cuts.starts, cuts.shapes, strict=True)]
+
+
+FORMS: dict[str, WeightForm] = {form.name: form for form in (Nearest(), Stochastic(), Int8())}

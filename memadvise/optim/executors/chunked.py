@@ -23,6 +23,7 @@ from memadvise.optim.executors.work import (
     agreement,
     aligned,
     caution_scale,
+    granule,
     moved,
 )  # fmt: skip
 from memadvise.optim.method import Context, Hyper, Method, Part, Round, Shape, Tensors, compute_dtype, device_type
@@ -72,9 +73,13 @@ def _layout(recipe: Recipe, limit: int) -> tuple[bool, Cuts]:
     runs = [spec.runs.length for spec in recipe.logical.values() if spec.runs is not None]
     if _kernel(recipe) is None:  # pure functions make a few temporaries of a box's size
         limit = max(limit // 2, 1)
+    coded = [recipe.coded[name] for name in recipe.elementwise if name in recipe.coded]
+    blocks = [(c.rows, c.codec.block) for c in coded] + ([recipe.blocks] if recipe.blocks else [])
     cuts = Cuts(view, limit, whole, math.lcm(*runs))
-    if not all(aligned(recipe.coded[name], cuts) for name in recipe.elementwise if name in recipe.coded):
-        cuts = Cuts(view, max(math.prod(view), 1))  # blocks that no row holds: all at once
+    if not all(aligned(*block, cuts) for block in blocks):  # blocks that do not end with a box of this size
+        cuts = Cuts(view, limit, whole, math.lcm(granule(view, blocks), *runs))
+    if not all(aligned(*block, cuts) for block in blocks):
+        cuts = Cuts(view, max(math.prod(view), 1))
     axes = method.reduced_axes(view, options)
     local = axes is not None and method.rounds(options) <= 1 and bool(cuts.boxes)
     if local and axes:

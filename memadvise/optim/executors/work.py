@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from memadvise.optim import noise
+from memadvise.optim.codecs.codec import Rows
 from memadvise.optim.method import Box, Context, Hyper, Runs, Shape, Tensors, broadcast_part
 from memadvise.optim.recipe import CORRECTION, Coded, Recipe
 from memadvise.optim.weights import WeightPart
@@ -112,9 +113,16 @@ class CodedParts:
         encode(self.work, self.name, self.coded, values.reshape(-1, length), self.cuts.starts[i], views)
 
 
-def aligned(coded: Coded, cuts: Cuts) -> bool:
-    """Whether every box lies as :class:`CodedParts` needs it."""
-    length, block = coded.rows.length, coded.codec.block
+def granule(shape: Shape, blocks: Sequence[tuple[Rows, int]]) -> int:
+    """Every so many entries of the first axis, all ``blocks`` (rows, elements of a block in them) begin anew."""
+    inner = math.prod(shape[1:])
+    units = [rows.length if rows.count > 1 else max(block, 1) for rows, block in blocks]
+    return math.lcm(inner, *units) // inner if inner else 1
+
+
+def aligned(rows: Rows, block: int, cuts: Cuts) -> bool:
+    """Whether every box lies in whole rows, or in one row from the beginning of a block to the end of one."""
+    length = rows.length
     for start, shape in zip(cuts.starts, cuts.shapes, strict=True):
         stop = start + math.prod(shape)
         if start % length == 0 and stop % length == 0:
