@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from memadvise.optim import release
-    from memadvise.optim.classes.adam import AdamMini, AdamW, SlimAdam
+    from memadvise.optim.classes.adam import AdamMini, AdamW, AdamW4bit, AdamW8bit, SlimAdam
     from memadvise.optim.classes.first_order import SGD, Lion
     from memadvise.optim.classes.micro import MicroAdam
     from memadvise.optim.create import bind_plan, create_optimizer
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _LAZY = {
     "AdamMini": "classes.adam",
     "AdamW": "classes.adam",
+    "AdamW4bit": "classes.adam",
+    "AdamW8bit": "classes.adam",
     "Lion": "classes.first_order",
     "SGD": "classes.first_order",
     "SlimAdam": "classes.adam",
@@ -32,6 +34,8 @@ __all__ = [
     "SGD",
     "AdamMini",
     "AdamW",
+    "AdamW4bit",
+    "AdamW8bit",
     "Lion",
     "MemadviseOptimizer",
     "MicroAdam",

@@ -116,6 +116,13 @@ def check(method: Method, options: Any, compose: Compose, specs: dict[str, State
             f"cautious would do nothing: the update of {method.name} always has the gradient's sign here",
             "it needs a first moment: remove it, or use a method (or option) with momentum",
         )
+    if compose.second_moment == "bf16" and compose.rounding == "nearest":
+        raise OptionProblem(
+            "rounding",
+            "a second moment in bfloat16 rounded to nearest freezes: with beta2 = 0.999 a step of its average is below "
+            "half a unit in the last place",
+            "leave rounding out (stochastic), or use another second_moment",
+        )
     if specs is not None:
         moments = {spec.moment for spec in specs.values() if spec.moment}
         for moment, name in compose.codecs.items():

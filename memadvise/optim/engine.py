@@ -90,7 +90,7 @@ def choose_executor(resolved: Resolved, p: Tensor, forced: str | None) -> str:
         return forced
     if _is_subclass(p):
         recipe = resolved.recipe
-        if not recipe.method.sharded or recipe.coded or recipe.form.noisy:
+        if not recipe.method.sharded or recipe.coded or recipe.compose.weights != "nearest":
             raise OptimizerError(
                 f"{resolved.name} is a {type(p).__name__}, which {resolved.setting.key} cannot step yet",
                 hint="use adamw, slimadam, adam_mini, lion or sgd with full moments for sharded parameters",

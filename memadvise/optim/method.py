@@ -151,6 +151,7 @@ class Context:
         key: a hash of the seed and the parameter's name, for :mod:`memadvise.optim.noise`.
         step: 1, 2, ... on the host, if the method has a "step" in its spec, else 0; 1 in a trace.
         start: the number of the box's first element within the parameter, row-major.
+        coded: whether a moment is held in fewer bits, so that it may not be what the gradients made it.
     """
 
     h: Hyper
@@ -160,6 +161,7 @@ class Context:
     key: int = 0
     step: int = 0
     start: int = 0
+    coded: bool = False
 
     def key_for(self, *parts: int | str) -> int:
         """A key of its own for each purpose (and epoch)."""

@@ -86,8 +86,9 @@ def make_recipe(
             specs[name] = spec
             continue
         rows = rows_of(spec.shape, codec.block)
-        held = codec.specs(rows)
-        coded[name] = Coded(codec, rows, spec.moment == "first", {suffix: name + suffix for suffix in held})
+        signed = spec.moment == "first"
+        held = codec.specs(rows, signed=signed)
+        coded[name] = Coded(codec, rows, signed, {suffix: name + suffix for suffix in held})
         specs.update({name + suffix: value for suffix, value in held.items()})
     form = FORMS[compose.weights]
     specs.update({CORRECTION + name: spec for name, spec in form.specs(view).items()})

@@ -3,6 +3,9 @@
 * ``nearest``: rounded to the parameter's dtype. For float32 and float64 that is exact; a bfloat16 weight of 1.0 ignores
   every update below 0.002.
 * ``stochastic``: bfloat16, rounded up or down at random so that small updates arrive on average (arXiv 2010.06192).
+* ``ecc8``, ``ecc16``: bfloat16 or float16, and one or two bytes a weight in the optimizer's state that say where
+  between two neighbours the weight is: 24 or 32 bits together (arXiv 2602.23349; :mod:`memadvise.optim.weights_ecc`).
+  The correction begins as 0, and belongs to a checkpoint as much as the weights do. float32 has nothing to correct.
 * ``int8``: bytes in groups of 128 with a scale and a zero point, rounded at random: 1.023 bytes a weight, nothing
   beside them. The parameter is an :class:`~memadvise.optim.int8_tensor.Int8Weight`.
 
@@ -19,6 +22,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from memadvise.optim import weights_ecc
 from memadvise.optim.codecs.bf16 import to_bfloat16
 from memadvise.optim.codecs.codec import Rows
 from memadvise.optim.int8_groups import decode, encode_
@@ -38,7 +42,10 @@ class WeightPart(ABC):
 
     @abstractmethod
     def store(self, values: Tensor, noise: Tensor | None) -> None:
-        """Write values back; ``noise`` is uniform in [0, 1), of the box's shape, if the form asked for it."""
+        """Write values back; ``noise`` is uniform in [0, 1), of the box's shape, if the form asked for it.
+
+        Values of 0-dim weights may be float64: torch lets the step's 0-dim scalars decide.
+        """
 
 
 class WeightForm(ABC):
@@ -92,7 +99,7 @@ class Nearest(WeightForm):
 
 class _Rounded(_Direct):
     def store(self, values: Tensor, noise: Tensor | None) -> None:
-        self.p.copy_(to_bfloat16(values, noise))
+        self.p.copy_(to_bfloat16(values.to(torch.float32), noise))
 
 
 class Stochastic(WeightForm):
@@ -108,6 +115,51 @@ class Stochastic(WeightForm):
 
     def parts(self, p: Tensor, extra: Tensors, cuts: Cuts) -> Sequence[WeightPart]:
         return [_Rounded(part) for part in cuts.parts(p)]
+
+
+class _Corrected(WeightPart):
+    def __init__(self, p: Tensor, correction: Tensor) -> None:
+        self.p, self.correction = p, correction
+
+    def load(self, out: Tensor | None = None) -> Tensor:
+        w = weights_ecc.join(self.p, self.correction)
+        return w if out is None else out.copy_(w)
+
+    def store(self, values: Tensor, noise: Tensor | None) -> None:
+        weights_ecc.split(values.to(torch.float32), self.p, self.correction, noise)
+
+
+class ErrorCorrected(WeightForm):
+    """bfloat16 or float16, and a correction in the state; see :mod:`memadvise.optim.weights_ecc`."""
+
+    def problem(self, p: Tensor) -> str | None:
+        if p.dtype in (torch.bfloat16, torch.float16):
+            return None
+        dtype = str(p.dtype).removeprefix("torch.")
+        return f"weights: {self.name} corrects bfloat16 and float16 parameters; {dtype} has nothing to correct"
+
+    def parts(self, p: Tensor, extra: Tensors, cuts: Cuts) -> Sequence[WeightPart]:
+        pairs = zip(cuts.parts(p), cuts.parts(extra["correction"]), strict=True)
+        return [_Corrected(*pair) for pair in pairs]
+
+
+class Ecc8(ErrorCorrected):
+    """One byte of correction, rounded at random."""
+
+    name = "ecc8"
+    noisy = True
+
+    def specs(self, shape: Shape) -> dict[str, StateSpec]:
+        return {"correction": StateSpec(shape, torch.int8, elementwise=True)}
+
+
+class Ecc16(ErrorCorrected):
+    """Two bytes of correction: nothing is lost."""
+
+    name = "ecc16"
+
+    def specs(self, shape: Shape) -> dict[str, StateSpec]:
+        return {"correction": StateSpec(shape, torch.int16, elementwise=True)}
 
 
 class _Int8Part(WeightPart):
@@ -150,4 +202,4 @@ class Int8(WeightForm):
         return [_Int8Part(p, start, shape) for start, shape in zip(cuts.starts, cuts.shapes, strict=True)]
 
 
-FORMS: dict[str, WeightForm] = {form.name: form for form in (Nearest(), Stochastic(), Int8())}
+FORMS: dict[str, WeightForm] = {form.name: form for form in (Nearest(), Stochastic(), Ecc8(), Ecc16(), Int8())}

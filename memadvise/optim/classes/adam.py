@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 from torch import Tensor
 
@@ -35,6 +35,18 @@ class AdamW(PlainOptimizer):
             params, lr, betas, eps, weight_decay, {"compat": compat},
             foreach=foreach, fused=fused, executor=executor, common=common,
         )  # fmt: skip
+
+
+class AdamW8bit(AdamW):
+    """AdamW with both moments of matrices in 8 bits (arXiv 2110.02861, :mod:`memadvise.optim.codecs.dynamic8`)."""
+
+    preset: ClassVar[Common] = {"first_moment": "dynamic8", "second_moment": "dynamic8"}
+
+
+class AdamW4bit(AdamW):
+    """AdamW with both moments of matrices in 4 bits (arXiv 2309.01507, :mod:`memadvise.optim.codecs.int4`)."""
+
+    preset: ClassVar[Common] = {"first_moment": "int4", "second_moment": "int4"}
 
 
 class SlimAdam(PlainOptimizer):

@@ -29,6 +29,7 @@ class PlainOptimizer(MemadviseOptimizer):
     """
 
     method: ClassVar[str]
+    preset: ClassVar[Common] = {}  # common options where they are not given
 
     def __init_subclass__(cls) -> None:
         module = sys.modules[type(method_info(cls.method).method).__module__]
@@ -51,6 +52,7 @@ class PlainOptimizer(MemadviseOptimizer):
         unknown = set(common) - set(NAMES)
         if unknown:
             raise TypeError(f"{type(self).__name__} got an unexpected keyword argument '{min(unknown)}'")
+        common = {**self.preset, **common}
         setting = Setting(self.method, {**given(options, self.method), **common})
         fusable = self.method == "adamw" and not common and not options.get("compat")
         chosen = _executor(foreach, fused, executor, fusable=fusable)

@@ -29,7 +29,7 @@ class BFloat16(Codec):
     summary = "bfloat16, stochastically rounded: 2 bytes a value"
     block = 0
 
-    def specs(self, rows: Rows) -> dict[str, StateSpec]:
+    def specs(self, rows: Rows, *, signed: bool) -> dict[str, StateSpec]:
         return {"": StateSpec((rows.count, rows.length), torch.bfloat16)}
 
     def decode(self, stored: Tensors, length: int, *, signed: bool) -> Tensor:
@@ -37,9 +37,6 @@ class BFloat16(Codec):
 
     def encode(self, values: Tensor, noise: Tensor | None, *, signed: bool) -> Tensors:
         return {"": to_bfloat16(values, noise)}
-
-    def part(self, suffix: str, stored: Tensor, first: int, last: int, start: int, stop: int) -> Tensor:
-        return stored[first:last, start:stop]
 
     def scratch(self) -> int:
         return 24

@@ -3,12 +3,17 @@
 A moment is seen as a matrix of rows: a row is what lies behind one index of its leading axes, so that a chunk or a
 shard of whole rows holds whole blocks. Each row is cut in blocks of ``block`` neighbours (the last may be shorter), and
 each block has one scale of its own. :class:`Rows` does the cutting, a codec only encodes and decodes blocks.
+
+What block codecs share (:class:`BlockCodec`): the scale of a block is its largest magnitude in float32 (half precision
+loses blocks below 3e-8, and overflows), a block of zeros decodes to zeros, and a block with inf or NaN in it to inf and
+NaN throughout: the state is as lost as torch.optim.AdamW's would be, and stays so; no value of it becomes finite again.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -51,7 +56,7 @@ class Codec(ABC):
     moments: ClassVar[tuple[str, ...]] = ("first", "second")
 
     @abstractmethod
-    def specs(self, rows: Rows) -> dict[str, StateSpec]:
+    def specs(self, rows: Rows, *, signed: bool) -> dict[str, StateSpec]:
         """Suffix ("" for the codes, "_scale") -> the tensor that holds it; its first axis has one entry a row."""
 
     @abstractmethod
@@ -67,22 +72,101 @@ class Codec(ABC):
     def part(self, suffix: str, stored: Tensor, first: int, last: int, start: int, stop: int) -> Tensor:
         """The view of ``stored`` that holds rows ``first:last``, elements ``start:stop`` (multiples of the block)."""
         rows = stored[first:last]
-        return rows if suffix == "" else rows[:, start // self.block : -(-stop // self.block)]
+        return rows[:, start:stop] if suffix == "" else rows[:, start // self.block : -(-stop // self.block)]
 
     def scratch(self) -> int:
         """Bytes an element that encoding and decoding allocate at most, with noise."""
         return 64
 
 
-def stochastic(lower: Tensor, upper: Tensor, value: Tensor, noise: Tensor) -> Tensor:
-    """True where ``value`` between two neighbours goes up, with the probability that is right on average."""
-    return noise * (upper - lower) < value - lower
+class BlockCodec(Codec):
+    """A codec of codes with one float32 scale a block.
+
+    A code stands for a fraction of the scale, :meth:`unit`, which rises with it. Stochastic rounding compares a value
+    with its two neighbours as they decode, to the bit: a value that has a code keeps it, whatever the noise.
+    """
+
+    def specs(self, rows: Rows, *, signed: bool) -> dict[str, StateSpec]:
+        blocks = -(-rows.length // self.block)
+        return {"": self.codes(rows, signed=signed), "_scale": StateSpec((rows.count, blocks), torch.float32)}
+
+    def codes(self, rows: Rows, *, signed: bool) -> StateSpec:
+        """The tensor of codes."""
+        return StateSpec((rows.count, rows.length), torch.uint8)
+
+    @abstractmethod
+    def unit(self, codes: Tensor, *, signed: bool) -> Tensor:
+        """The fractions of the scale that ``codes`` (and the largest code + 1) stand for; a new float32 tensor."""
+
+    @abstractmethod
+    def floor(self, x: Tensor, *, signed: bool) -> Tensor:
+        """The largest codes that stand for at most ``x`` in [-1, 1] (or the smallest code), give or take one by the
+        rounding of ``x``. ``x`` may be overwritten.
+        """
+
+    @abstractmethod
+    def nearest(self, x: Tensor, *, signed: bool) -> Tensor:
+        """The codes nearest to ``x``, which may be overwritten."""
+
+    @abstractmethod
+    def pack(self, codes: Tensor, values: Tensor, *, signed: bool) -> Tensor:
+        """``codes`` as they are stored; ``values`` are what they stand for."""
+
+    @abstractmethod
+    def unpack(self, stored: Tensor, length: int, *, signed: bool) -> Tensor:
+        """Stored codes as :meth:`unit` takes them, [rows, length]."""
+
+    def scales(self, values: Tensor, *, signed: bool) -> Tensor:
+        """The scale of each block, [rows, blocks]: its largest magnitude."""
+        low, high = extremes(values, self.block)
+        return torch.maximum(high, -low)
+
+    def decode(self, stored: Tensors, length: int, *, signed: bool) -> Tensor:
+        return self._valued(self.unpack(stored[""], length, signed=signed), stored["_scale"], signed)
+
+    def encode(self, values: Tensor, noise: Tensor | None, *, signed: bool) -> Tensors:
+        scale = self.scales(values, signed=signed)
+        divisor = torch.where(scale == 0, 1.0, scale)
+        x = over(values, divisor, self.block)
+        if noise is None:
+            codes = self.nearest(x, signed=signed)
+        else:
+            codes = self.floor(x, signed=signed)
+            del x
+            lower = self._valued(codes, divisor, signed)
+            gap = self._valued(codes + 1, divisor, signed).sub_(lower)
+            codes += torch.sub(values, lower, out=lower).div_(gap) > noise
+        return {"": self.pack(codes, values, signed=signed), "_scale": scale}
+
+    def _valued(self, codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
+        """The values of codes, always by this arithmetic."""
+        values = self.unit(codes, signed=signed)
+        for piece, columns in pieces(values, self.block):
+            piece.mul_(scale[:, columns, None])
+        return values
 
 
-def to_blocks(values: Tensor, block: int) -> Tensor:
-    """[rows, length] -> [rows, blocks, block], the last block padded with zeros."""
+def pieces(values: Tensor, block: int) -> Iterator[tuple[Tensor, slice]]:
+    """Views [rows, blocks, block] of ``values`` ([rows, length]) and which blocks they are: the whole blocks, and what
+    is left of the rows.
+    """
     length = values.shape[1]
-    padded = -(-length // block) * block if length else 0
-    if padded != length:
-        values = torch.nn.functional.pad(values, (0, padded - length))
-    return values.reshape(values.shape[0], padded // block, block)
+    blocks = length // block
+    if blocks:
+        yield values[:, : blocks * block].unflatten(1, (blocks, block)), slice(0, blocks)
+    if blocks * block < length:
+        yield values[:, blocks * block :].unsqueeze(1), slice(blocks, blocks + 1)
+
+
+def extremes(values: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The smallest and largest value of each block, [rows, blocks]; NaN where there is one."""
+    found = [torch.aminmax(piece, dim=2) for piece, _ in pieces(values, block)]
+    return torch.cat([low for low, _ in found], 1), torch.cat([high for _, high in found], 1)
+
+
+def over(values: Tensor, scale: Tensor, block: int) -> Tensor:
+    """``values`` divided by the scales of their blocks."""
+    out = torch.empty(values.shape, dtype=values.dtype, device=values.device)
+    for (piece, columns), (target, _) in zip(pieces(values, block), pieces(out, block), strict=True):
+        torch.div(piece, scale[:, columns, None], out=target)
+    return out

@@ -198,7 +198,7 @@ class _Stepper:
         """Prepare box ``i`` as if it were a parameter of its own; nothing is stored."""
         ctx = Context(
             self.h, self.ctx.options, self.cuts.shapes[i], self.ctx.scalars, self.ctx.key, self.ctx.step,
-            self.cuts.starts[i],
+            self.cuts.starts[i], self.ctx.coded,
         )  # fmt: skip
 
         def prepare() -> tuple[Tensors, Tensors]:
@@ -238,7 +238,7 @@ class _Stepper:
             return self.ctx
         ctx = self.ctx
         shape = self.cuts.shapes[i] if self.local else ctx.shape
-        return Context(self.h, ctx.options, shape, ctx.scalars, ctx.key, ctx.step, self.cuts.starts[i])
+        return Context(self.h, ctx.options, shape, ctx.scalars, ctx.key, ctx.step, self.cuts.starts[i], ctx.coded)
 
     def _apply(self, i: int, small: Tensors, scale: Tensor | None) -> None:
         work, part = self.work, self._part(i, small)

@@ -33,7 +33,8 @@ class Work:
         return self.recipe.view
 
     def context(self, h: Hyper) -> Context:
-        return Context(h, self.recipe.options, self.shape, self.scalars, self.key, self.step)
+        coded = bool(self.recipe.coded)
+        return Context(h, self.recipe.options, self.shape, self.scalars, self.key, self.step, coded=coded)
 
     def factors(self) -> Tensors:
         """The factor-sized state, decoded."""
@@ -45,7 +46,8 @@ class Work:
             return self.state[name]
         stored = {suffix: self.state[held] for suffix, held in coded.names.items()}
         decoded = coded.codec.decode(stored, coded.rows.length, signed=coded.signed)
-        return decoded.view(self.recipe.logical[name].shape)
+        spec = self.recipe.logical[name]
+        return decoded.view(spec.shape).to(spec.dtype)
 
     def store_factors(self, new: Tensors) -> None:
         """Write new factor-sized state, encoded where it is held so."""
@@ -77,6 +79,7 @@ def store(target: Tensor, value: Tensor) -> None:
 
 def encode(work: Work, name: str, coded: Coded, values: Tensor, start: int, targets: Tensors | None) -> None:
     """Encode ``values`` ([rows, length]; ``start``: the number of its first element) into ``targets``, or the state."""
+    values = values.to(torch.float32)
     uniform = None
     if work.recipe.compose.rounding == "stochastic":
         key = noise.key_of(work.key, name, work.step)
@@ -105,7 +108,8 @@ class CodedParts:
     def load(self, i: int) -> Tensor:
         """The decoded values of box ``i``."""
         views, length = self._views(i)
-        return self.coded.codec.decode(views, length, signed=self.coded.signed).view(self.cuts.shapes[i])
+        decoded = self.coded.codec.decode(views, length, signed=self.coded.signed)
+        return decoded.view(self.cuts.shapes[i]).to(self.work.recipe.logical[self.name].dtype)
 
     def store(self, i: int, values: Tensor) -> None:
         """Encode new values of box ``i``."""

@@ -14,17 +14,23 @@ Deviation: torch keeps the moments of bfloat16 and float16 parameters in their d
 
 ``compat: official`` is the AdamW inside the official C-AdamW, APOLLO and GaLore code: eps is added to sqrt(v) before
 the bias correction (so it weighs ``eps / sqrt(1 - b2^t)``); their default eps is 1e-6.
+
+With a moment held in fewer bits (``first_moment``, ``second_moment``: see :mod:`memadvise.optim.codecs`) m and v no
+longer fit each other exactly, and where a gradient is small beside its block's |m| / sqrt(v) can come out tens of times
+too large. No gradients at all make it larger than C(b1, b2) (:func:`.blockmean.update_bound`, 7.27 by default), so
+that the update is cut there.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from memadvise.optim.method import STEP, Context, Hyper, Method, Part, Shape, StateSpec, Tensors
-from memadvise.optim.methods.blockmean import COMPAT_HELP, CompatOptions, adam_scalars
+from memadvise.optim.methods.blockmean import COMPAT_HELP, CompatOptions, adam_scalars, update_bound
 
 
 class AdamW(Method):
@@ -55,6 +61,8 @@ class AdamW(Method):
             u = m / (v.sqrt() + h.eps) * small["bias2_sqrt"]
         else:
             u = m / (v.sqrt() / small["bias2_sqrt"] + h.eps)
+        if ctx.coded and (bound := update_bound(h.beta1, h.beta2)) < math.inf:
+            u.clamp_(-bound, bound)
         return u * small["step_size"], {"exp_avg": m, "exp_avg_sq": v}
 
     def second_moment(self, v: Tensor, options: Any) -> Tensor | None:

@@ -158,6 +158,16 @@ class BlockMeanAdam(Method):
         return blocks.expand(blocks.pool(sums, shape)).expand(shape)
 
 
+def update_bound(beta1: float, beta2: float) -> float:
+    """The largest ``|m| / sqrt(v)`` that averages of any gradients can have (Cauchy and Schwarz); inf if b1^2 >= b2.
+
+    7.27 for (0.9, 0.999). With bias corrections it is no larger. What exceeds it is an error of state in fewer bits.
+    """
+    if beta1 * beta1 >= beta2:
+        return math.inf
+    return (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1 * beta1 / beta2))
+
+
 def adam_scalars(step: Tensor, h: Hyper) -> Tensors:
     """``lr / (1 - b1^t)`` and ``sqrt(1 - b2^t)``, in float64 as torch's Python floats."""
     return {
