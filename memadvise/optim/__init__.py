@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from memadvise.optim import release
     from memadvise.optim.classes.adam import AdamMini, AdamW, AdamW4bit, AdamW8bit, SlimAdam
+    from memadvise.optim.classes.factored import CAME, Adafactor
     from memadvise.optim.classes.first_order import SGD, Lion
     from memadvise.optim.classes.micro import MicroAdam
     from memadvise.optim.create import bind_plan, create_optimizer
     from memadvise.optim.optimizer import MemadviseOptimizer
 
 _LAZY = {
+    "Adafactor": "classes.factored",
+    "CAME": "classes.factored",
     "AdamMini": "classes.adam",
     "AdamW": "classes.adam",
     "AdamW4bit": "classes.adam",
@@ -31,7 +34,9 @@ _LAZY = {
 }
 
 __all__ = [
+    "CAME",
     "SGD",
+    "Adafactor",
     "AdamMini",
     "AdamW",
     "AdamW4bit",

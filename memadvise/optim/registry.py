@@ -16,8 +16,10 @@ from memadvise.errors import Mark, OptimizerError
 from memadvise.optim import compose as composition
 from memadvise.optim.compose import Compose
 from memadvise.optim.method import Method, OptionProblem, Options, Shape, StateSpec
+from memadvise.optim.methods.adafactor import Adafactor
 from memadvise.optim.methods.adam_mini import AdamMini
 from memadvise.optim.methods.adamw import AdamW
+from memadvise.optim.methods.came import CAME
 from memadvise.optim.methods.lion import Lion
 from memadvise.optim.methods.micro_adam import MicroAdam
 from memadvise.optim.methods.sgd import SGD
@@ -62,6 +64,8 @@ _METHODS: tuple[Method, ...] = (
     AdamMini(),
     Lion(),
     SGD(),
+    Adafactor(),
+    CAME(),
     MicroAdam(),
 )
 METHODS: tuple[MethodInfo, ...] = tuple(_info(method) for method in _METHODS)
