@@ -227,7 +227,7 @@ class _Stepper:
         return totals
 
     def _caution(self, prepares: Sequence[_Prepare]) -> Tensor:
-        sums = torch.zeros(2, device=self.work.p.device)
+        sums = torch.zeros(2, device=self.work.p.device, dtype=compute_dtype(self.work.p.dtype))
         for i, prepare in enumerate(prepares):
             part = self._part(i, prepare()[0])
             sums += agreement(self.method.update(part, self._context(i))[0], part.g)

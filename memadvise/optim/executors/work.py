@@ -200,9 +200,9 @@ class Cuts:
 
 
 def agreement(u: Tensor, g: Tensor) -> Tensor:
-    """[coordinates where update and gradient agree in sign, coordinates where both are not zero], as float sums."""
+    """[coordinates where update and gradient agree in sign, coordinates where both are not zero], in u's dtype."""
     product = u.sign() * g.sign()  # of signs, not values: those underflow
-    return torch.stack([(product > 0).sum(), (product != 0).sum()]).to(torch.float32)
+    return torch.stack([(product > 0).sum(), (product != 0).sum()]).to(u.dtype)
 
 
 def caution_scale(mode: str, sums: Tensor, numel: int) -> Tensor:
@@ -217,7 +217,11 @@ def caution_scale(mode: str, sums: Tensor, numel: int) -> Tensor:
 
 def moved(p: Tensor, g: Tensor, u: Tensor, scale: Tensor | None, h: Hyper, recipe: Recipe) -> Tensor:
     """The weights after the update ``u`` and decay, with caution where ``scale`` is given. A new tensor."""
-    step = u if scale is None else torch.where(u.sign() * g.sign() > 0, u * scale.to(u.dtype), 0.0)
+    if scale is None:
+        step = u
+    else:  # a NaN has no sign, and should be seen
+        kept = (u.sign() * g.sign() > 0).logical_or_(u.isnan())
+        step = torch.where(kept, u * scale.to(u.dtype), 0.0)
     when = recipe.method.decays(recipe.view, recipe.options)
     if not h.weight_decay or when == "never":
         return p - step
