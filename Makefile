@@ -10,6 +10,7 @@ STAMP  := $(VENV)/.installed
 
 # Threads that wait by spinning slow each other down many times over where cores are shared; torch's do by default.
 export OMP_WAIT_POLICY ?= passive
+test: export OMP_NUM_THREADS ?= 1  # the tests themselves are spread over the cores
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types bench clean
@@ -21,7 +22,7 @@ demo: $(STAMP)  ## scan a model, recommend under a budget, train with the plan b
 	$(PY) examples/demo.py
 
 test: $(STAMP) lint types  ## lint, types and every test that needs neither a GPU nor several processes
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadfile
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(PY) -m ruff check .
