@@ -243,6 +243,12 @@ class Method(ABC):
         """0-dim quantities of one step, element-wise in ``step`` (float64, 1, 2, ...), which may be a vector."""
         return {}
 
+    def for_vectors(self, options: dict[str, Any]) -> dict[str, Any] | None:
+        """Its own options for 0-D and 1-D tensors where a whole model gets ``options`` and it is ``matrix_only``; None
+        for dense AdamW.
+        """
+        return None
+
     # ------------------------------------------------------------ factor-sized work
 
     def reduced_axes(self, shape: Shape, options: Any) -> tuple[int, ...] | None:

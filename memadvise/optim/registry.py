@@ -185,9 +185,12 @@ def fitted(setting: Setting, shape: Shape) -> Setting:
     form = FORMS.get(str(options.get("weights")))
     if form is not None and form.matrix_only:
         del options["weights"]
-    if not method_info(setting.method).method.matrix_only:
+    method = method_info(setting.method).method
+    if not method.matrix_only:
         return Setting(setting.method, options)
-    return Setting(DENSE.method, {k: v for k, v in options.items() if k in composition.NAMES})
+    common = {k: v for k, v in options.items() if k in composition.NAMES}
+    own = method.for_vectors({k: v for k, v in options.items() if k not in common})
+    return Setting(DENSE.method, common) if own is None else Setting(setting.method, {**own, **common})
 
 
 def state_specs(setting: Setting, shape: Shape, dtype: torch.dtype = torch.float32) -> dict[str, StateSpec]:

@@ -63,13 +63,14 @@ class SlimAdam(PlainOptimizer):
         weight_decay: float = 0.01,
         *,
         axes: Sequence[int] = (1,),
+        compat: str | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
         executor: str | None = None,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(
-            params, lr, betas, eps, weight_decay, {"axes": axes},
+            params, lr, betas, eps, weight_decay, {"axes": axes, "compat": compat},
             foreach=foreach, fused=fused, executor=executor, common=common,
         )  # fmt: skip
 
@@ -91,12 +92,13 @@ class AdamMini(PlainOptimizer):
         heads: int | None = None,
         segments: Sequence[Sequence[int]] = (),
         axis: int = 0,
+        compat: str | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
         executor: str | None = None,
         **common: Unpack[Common],
     ) -> None:
-        options = {"partition": partition, "heads": heads, "segments": segments, "axis": axis}
+        options = {"partition": partition, "heads": heads, "segments": segments, "axis": axis, "compat": compat}
         super().__init__(
             params, lr, betas, eps, weight_decay, options,
             foreach=foreach, fused=fused, executor=executor, common=common,

@@ -22,6 +22,11 @@ State: 4 bytes a parameter for m, 4 a block, 4 for the step. Defaults: AdamW's (
 its weight decay is 0 and off for names containing "ln", "norm" or "bias": make parameter groups instead).
 Deviations from the official code: statistics in float32; vectors keep dense state when a whole model is set to
 adam_mini (the code keeps one scalar for a norm); the partition is set, not guessed from names.
+
+``compat: official`` does not decay vectors and scalars (which the code's names stand for), and ``heads`` are those of
+the model: a block is dim / heads rows, dim the fan-in. That is one a head, of grouped keys too, where head_dim is
+dim / heads, and another cut where it is not. Vectors of a model have one value a coordinate (the code's biases); for
+its norms say ``partition: whole``, as for convolutions, which the code does not cut.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from memadvise.optim.method import OptionProblem, Options, Shape, is_int
-from memadvise.optim.methods.blockmean import BlockMeanAdam, Blocks
+from memadvise.optim.methods.blockmean import COMPAT_HELP, BlockMeanAdam, Blocks, check_compat
 
 PARTITIONS = ("row", "column", "whole", "head")
 
@@ -43,8 +48,10 @@ class AdamMiniOptions(Options):
     heads: int | None = None
     segments: tuple[tuple[int, int, int], ...] = ()
     axis: int = 0
+    compat: str | None = None
 
     def __post_init__(self) -> None:
+        check_compat(self.compat)
         if self.partition not in PARTITIONS:
             raise OptionProblem("partition", f"partition '{self.partition}' is none of {', '.join(PARTITIONS)}")
         if not is_int(self.axis) or self.axis not in (0, 1):
@@ -79,6 +86,9 @@ class AdamMiniOptions(Options):
                     "segments", f"the rows of segment [{start}, {stop}, {heads}] do not divide in {heads} heads"
                 )
             expected = stop
+        if self.compat and (self.segments or self.axis or self.partition == "column"):
+            given = "segments" if self.segments else "axis" if self.axis else "partition"
+            raise OptionProblem(given, f"the official code has no such {given}", "leave compat out")
         object.__setattr__(self, "segments", tuple(tuple(segment) for segment in segments))
 
 
@@ -98,6 +108,7 @@ class AdamMini(BlockMeanAdam):
         "heads": "the number of heads, for partition: head",
         "segments": "for a fused QKV: [[start, stop, heads], ...] along the fan-out axis; 0 heads = by row",
         "axis": "the fan-out axis: 0, or 1 for a transposed Conv1D [in, out]",
+        "compat": COMPAT_HELP,
     }
     bytes_help = "4 bytes a parameter, and 4 for each block"
 
@@ -119,11 +130,35 @@ class AdamMini(BlockMeanAdam):
         if len(shape) == 3 and (options.axis or options.segments or options.heads) and options.partition != "column":
             # [E, out, in] or a 1-D convolution [out, in, k]: which axis holds the heads cannot be told from the shape.
             raise OptionProblem("partition", f"heads, segments and axis: 1 do not fit the 3-D shape {list(shape)}")
+        if options.compat:
+            self._check_official(shape, options)
+            return
         size = shape[options.axis]
         if options.heads is not None and size % options.heads:
             raise OptionProblem("heads", f"the {size} rows of {list(shape)} do not divide in {options.heads} heads")
         if options.segments and options.segments[-1][1] != size:
             raise OptionProblem("segments", f"segments stop at {options.segments[-1][1]}, the fan-out axis at {size}")
+
+    def _check_official(self, shape: Shape, options: AdamMiniOptions) -> None:
+        if len(shape) > 2:
+            raise OptionProblem(
+                "compat", f"the official code does not cut the shape {list(shape)}", "use partition: whole for it"
+            )
+        if options.heads is None:
+            return
+        dim = shape[1] if len(shape) == 2 else 0
+        if not dim or dim % options.heads or shape[0] % (dim // options.heads):
+            raise OptionProblem(
+                "heads",
+                f"{list(shape)} does not divide in blocks of the official code, {dim} / {options.heads} rows each",
+                "leave compat out: heads are then those of this tensor",
+            )
+
+    def decays(self, shape: Shape, options: AdamMiniOptions) -> str:
+        return "never" if options.compat and len(shape) < 2 else "before"
+
+    def for_vectors(self, options: dict[str, Any]) -> dict[str, Any] | None:
+        return {"partition": "row", "compat": options["compat"]} if options.get("compat") else None
 
     def blocks(self, shape: Shape, options: AdamMiniOptions) -> Blocks:
         all_axes = tuple(range(len(shape)))
@@ -138,5 +173,7 @@ class AdamMini(BlockMeanAdam):
         if options.segments:
             return Blocks(axes, options.axis, tuple((a, b, heads or b - a) for a, b, heads in options.segments))
         if options.heads is not None:
-            return Blocks(axes, options.axis, ((0, shape[options.axis], options.heads),))
+            rows = shape[options.axis]
+            heads = rows * options.heads // shape[1] if options.compat else options.heads
+            return Blocks(axes, options.axis, ((0, rows, heads),))
         return Blocks(axes)

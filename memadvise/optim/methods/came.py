@@ -17,7 +17,8 @@ S starts at zero and is not corrected for that: a first step is 11 times lr (RMS
 paper's), which makes the first step 0.11 lr and later ones as the paper has them after many steps.
 
 ``compat: official`` does what the official code does: the last two axes of a convolution are factored (a 3x3 window
-keeps most of v), and one RMS clips a whole stack or convolution. Its state has the parameter's dtype; ours does not.
+keeps most of v), one RMS clips a whole stack or convolution, and vectors are CAME's where one setting is given to a
+whole model, too (ours keep dense AdamW state there). Its state has the parameter's dtype; ours does not.
 """
 
 from __future__ import annotations
@@ -93,6 +94,9 @@ class CAME(Factored):
 
     def view(self, shape: Shape, options: CAMEOptions) -> Shape:
         return shape if options.compat else super().view(shape, options)
+
+    def for_vectors(self, options: dict[str, Any]) -> dict[str, Any] | None:
+        return options if options.get("compat") else None
 
     def unit(self, shape: Shape, options: CAMEOptions) -> tuple[int, ...]:
         return tuple(range(len(shape))) if options.compat else super().unit(shape, options)

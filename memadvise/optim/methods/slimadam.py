@@ -11,8 +11,10 @@ State: 4 bytes a parameter for m, 4 a kept entry of v, 4 for the step.
 Defaults: AdamW's; the paper finds that the learning rate needs no change. Which axes a tensor tolerates is measured
 (the SNR of v); there is no default that suits every tensor, ``[1]`` is the paper's choice for most of them.
 
-Deviations from the official code: v in float32 (it is tiny; in bfloat16 it freezes), weight decay on every parameter
-of its group instead of on matrices only, eps outside the root after the bias correction, as torch (and the paper).
+Deviations from the official code: v in float32 (it is tiny; in bfloat16 it freezes), and weight decay on every
+parameter of its group. ``compat: official`` decays tensors of two and more axes only, and takes ``axes: []`` (a full
+second moment), which vectors and scalars get where one setting is given to a whole model. eps is outside the root,
+after the bias correction, in both.
 """
 
 from __future__ import annotations
@@ -21,22 +23,24 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from memadvise.optim.method import OptionProblem, Options, Shape, is_int
-from memadvise.optim.methods.blockmean import BlockMeanAdam, Blocks
+from memadvise.optim.methods.blockmean import COMPAT_HELP, BlockMeanAdam, Blocks, check_compat
 
 
 @dataclass(frozen=True)
 class SlimAdamOptions(Options):
-    """``axes``: the axes averaged in v; non-negative, without repeats."""
+    """``axes``: the axes averaged in v; non-negative, without repeats. ``compat``: see the module."""
 
     axes: tuple[int, ...] = (1,)
+    compat: str | None = None
 
     def __post_init__(self) -> None:
+        check_compat(self.compat)
         axes: Any = self.axes
         if not isinstance(axes, list | tuple) or not all(is_int(a) for a in axes):
             raise OptionProblem("axes", f"axes should be a list of axis numbers, found {axes!r}", "such as axes: [1]")
-        if not axes:
+        if not axes and not self.compat:
             raise OptionProblem("axes", "axes is empty: nothing would be averaged", "or use method: adamw")
-        if min(axes) < 0:
+        if axes and min(axes) < 0:
             raise OptionProblem("axes", f"axes {list(axes)} has a negative axis", "count axes from 0, the first")
         if len(set(axes)) != len(axes):
             raise OptionProblem("axes", f"axes {list(axes)} names an axis twice")
@@ -51,12 +55,13 @@ class SlimAdam(BlockMeanAdam):
     source = "arXiv 2503.01843"
     options_type = SlimAdamOptions
     options_help: ClassVar[dict[str, str]] = {
-        "axes": "the axes averaged in the second moment, for example [1]; [0] keeps one value an input"
+        "axes": "the axes averaged in the second moment, for example [1]; [0] keeps one value an input",
+        "compat": COMPAT_HELP,
     }
     bytes_help = "4 bytes a parameter, and 4 for each kept entry of the second moment"
 
     def check(self, shape: Shape, options: SlimAdamOptions) -> None:
-        if options.axes[-1] >= len(shape):
+        if options.axes and options.axes[-1] >= len(shape):
             last = len(shape) - 1
             raise OptionProblem(
                 "axes",
@@ -66,3 +71,9 @@ class SlimAdam(BlockMeanAdam):
 
     def blocks(self, shape: Shape, options: SlimAdamOptions) -> Blocks:
         return Blocks(options.axes)
+
+    def decays(self, shape: Shape, options: SlimAdamOptions) -> str:
+        return "never" if options.compat and len(shape) < 2 else "before"
+
+    def for_vectors(self, options: dict[str, Any]) -> dict[str, Any] | None:
+        return {**options, "axes": []} if options.get("compat") else None
