@@ -116,8 +116,9 @@ def slim_measured(name: str, shape: tuple[int, ...]) -> Setting:
 
 
 def micro_adam(window: int) -> int:
-    """Bytes of MicroAdam's state at 7B with the buckets of 100,000 of the authors' scripts."""
-    return model_bytes(LLAMA, everywhere(Setting("micro_adam", {"window": window, "bucket": 100_000})))
+    """Bytes of MicroAdam's state at 7B with the buckets of 100,000 of the authors' scripts and blocks that fit."""
+    options = {"window": window, "block": 20_000, "bucket": 100_000}
+    return model_bytes(LLAMA, everywhere(Setting("micro_adam", options)))
 
 
 def projected() -> Shapes:

@@ -31,10 +31,9 @@ Deviations from the official code:
 * Where S underflows to 0 with ``eps`` 0, the update is 0 and not 0 / 0.
 * ``alpha = -2``, an experiment of the official code with a dense buffer, is not offered.
 
-NaN and inf are not filtered. They are the largest of their block and so selected first; the weight of that coordinate
-becomes NaN for good, as under torch's AdamW, others do not. If a block has more than K of them, the buckets of those
-left over decode to NaN, and their coordinates follow: a gradient that is all NaN stays visible. A gradient scaler that
-skips such steps leaves no trace. With ``alpha`` above 0, a NaN bucket reaches its weights at once.
+NaN and inf pass through: they are the largest of their block and so selected first, and the weight of that coordinate
+becomes NaN for good, as under torch's AdamW. If a block has more than K of them, the others are forgotten instead of
+fed back, where they would spoil their bucket: a gradient that is all NaN makes K weights of each block NaN.
 """
 
 from __future__ import annotations
@@ -146,7 +145,7 @@ def _grid(low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 
 def quantize(x: Tensor, bucket: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[n] in 4 bits: codes uint8 [ceil(n / 2)], and bfloat16 [ceil(n / bucket)] bounds below and above each bucket.
+    """Finite [n] in 4 bits: codes uint8 [ceil(n / 2)], and bfloat16 [ceil(n / bucket)] bounds below and above.
 
     Deterministic, halves up. What is decoded is off by at most half a step, a 30th of the bucket's span.
     """
@@ -157,15 +156,15 @@ def quantize(x: Tensor, bucket: int) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.view(buckets, bucket)
     low, high = _rounded(rows.amin(1), -math.inf), _rounded(rows.amax(1), math.inf)
     span, zero, base = _grid(low, high, x.dtype)
-    step = torch.where(span > 0, span / _LAST_CODE, 1.0)  # 1: of a bucket with equal bounds, or with NaN
-    scaled = rows.sub(base).div_(step).add_(zero + 0.5).floor_().clamp_(0, _LAST_CODE).nan_to_num_(0.0)
+    step = torch.where(span > 0, span / _LAST_CODE, 1.0)  # 1: of a bucket with equal bounds
+    scaled = rows.sub(base).div_(step).add_(zero + 0.5).floor_().clamp_(0, _LAST_CODE)
     codes = scaled.view(-1)[: count + count % 2].to(torch.uint8)
     codes[count:] = 0
     return (codes[0::2] << 4).add_(codes[1::2]), low, high
 
 
 def dequantize(codes: Tensor, low: Tensor, high: Tensor, count: int, bucket: int, dtype: torch.dtype) -> Tensor:
-    """What :func:`quantize` held of ``count`` elements, [count] in ``dtype``; a bucket with NaN or inf is all NaN."""
+    """What :func:`quantize` held of ``count`` elements, [count] in ``dtype``."""
     flat = torch.empty(low.numel() * bucket, device=codes.device, dtype=dtype)
     end = 2 * codes.numel()
     flat[0:end:2] = codes >> 4
@@ -290,7 +289,7 @@ class MicroAdam(Method):
         indices[row] = places
         places += first
         values[row] = a[places]
-        a.index_fill_(0, places, 0.0)
+        a.index_fill_(0, places, 0.0).nan_to_num_(0.0, 0.0, 0.0)
         del places
         codes, low, high = quantize(a, options.bucket)
         del a

@@ -25,7 +25,7 @@ CASE = Case(
         Setting("micro_adam"),
         Setting("micro_adam", {"window": 3, "density": 0.06, "block": 32, "bucket": 8}),
         Setting("micro_adam", {"window": 4, "density": 0.1, "block": 10, "bucket": 20, "bias_correction": "window"}),
-        Setting("micro_adam", {"window": 2, "density": 0.1, "block": 16, "bucket": 16, "alpha": 0.25, "values": "fp32"}),
+        Setting("micro_adam", {"window": 2, "density": 0.1, "block": 16, "bucket": 16, "alpha": 0.5, "values": "fp32"}),
     ),
     reference=micro_adam.run,
     state_bytes=state_bytes,
