@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from memadvise.optim.classes.adam import AdamMini, AdamW, AdamW4bit, AdamW8bit, SlimAdam
     from memadvise.optim.classes.factored import CAME, Adafactor
     from memadvise.optim.classes.first_order import SGD, Lion
+    from memadvise.optim.classes.lowrank import Adagrad, Adapprox, RMSprop
     from memadvise.optim.classes.micro import MicroAdam
     from memadvise.optim.create import bind_plan, create_optimizer
     from memadvise.optim.optimizer import MemadviseOptimizer
@@ -24,7 +25,10 @@ _LAZY = {
     "AdamW": "classes.adam",
     "AdamW4bit": "classes.adam",
     "AdamW8bit": "classes.adam",
+    "Adagrad": "classes.lowrank",
+    "Adapprox": "classes.lowrank",
     "Lion": "classes.first_order",
+    "RMSprop": "classes.lowrank",
     "SGD": "classes.first_order",
     "SlimAdam": "classes.adam",
     "MemadviseOptimizer": "optimizer",
@@ -37,13 +41,16 @@ __all__ = [
     "CAME",
     "SGD",
     "Adafactor",
+    "Adagrad",
     "AdamMini",
     "AdamW",
     "AdamW4bit",
     "AdamW8bit",
+    "Adapprox",
     "Lion",
     "MemadviseOptimizer",
     "MicroAdam",
+    "RMSprop",
     "SlimAdam",
     "bind_plan",
     "create_optimizer",

@@ -17,11 +17,14 @@ from memadvise.optim import compose as composition
 from memadvise.optim.compose import Compose
 from memadvise.optim.method import Method, OptionProblem, Options, Shape, StateSpec
 from memadvise.optim.methods.adafactor import Adafactor
+from memadvise.optim.methods.adagrad import Adagrad
 from memadvise.optim.methods.adam_mini import AdamMini
 from memadvise.optim.methods.adamw import AdamW
+from memadvise.optim.methods.adapprox import Adapprox
 from memadvise.optim.methods.came import CAME
 from memadvise.optim.methods.lion import Lion
 from memadvise.optim.methods.micro_adam import MicroAdam
+from memadvise.optim.methods.rmsprop import RMSprop
 from memadvise.optim.methods.sgd import SGD
 from memadvise.optim.methods.slimadam import SlimAdam
 from memadvise.optim.recipe import make_recipe
@@ -67,6 +70,9 @@ _METHODS: tuple[Method, ...] = (
     Adafactor(),
     CAME(),
     MicroAdam(),
+    Adapprox(),
+    RMSprop(),
+    Adagrad(),
 )
 METHODS: tuple[MethodInfo, ...] = tuple(_info(method) for method in _METHODS)
 _BY_NAME = {info.name: info for info in METHODS}

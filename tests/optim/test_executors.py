@@ -18,7 +18,8 @@ from toy import Toy, optimizer_for, same, train, weights
 
 from memadvise.errors import OptimizerError
 from memadvise.optim.executors import chunked, eager, inplace
-from memadvise.optim.executors.work import Cuts, Work, box_shape, boxes
+from memadvise.optim.executors.cuts import Cuts, box_shape, boxes
+from memadvise.optim.executors.work import Work
 from memadvise.optim.method import Context, Hyper, Method, Options, Part, Runs, Shape, StateSpec, Tensors
 from memadvise.optim.optimizer import MemadviseOptimizer
 from memadvise.optim.recipe import make_recipe
@@ -71,9 +72,9 @@ def test_chunked_agrees_with_eager_and_eager_with_the_reference(
         assert list(first.state_dict()["state"]) == list(second.state_dict()["state"])
         for index, state in first.state_dict()["state"].items():
             for name, value in state.items():
-                torch.testing.assert_close(
-                    value, second.state_dict()["state"][index][name], rtol=tolerance * 10, atol=tolerance
-                )
+                near = tolerance * max(value.abs().max().item() if value.numel() else 0.0, 1.0)  # sums of squares grow
+                other = second.state_dict()["state"][index][name]
+                torch.testing.assert_close(value, other, rtol=tolerance * 10, atol=near)
         if setting.method != case.method:
             continue  # a vector that fell back to dense state: the adamw case has its reference
         expected = case.reference(p, grads, case.lr, (0.9, 0.999), 1e-8, 0.1, setting.options)

@@ -34,6 +34,7 @@ class Case:
     lr: float
     scale_invariant: bool | Callable[[dict[str, Any]], bool]  # the options of a setting -> whether
     fused: bool = False
+    random: Callable[[dict[str, Any]], bool] = lambda options: False  # draws numbers, by the parameter's name
 
 
 def all_cases() -> tuple[Case, ...]:
