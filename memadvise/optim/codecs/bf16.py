@@ -39,4 +39,4 @@ class BFloat16(Codec):
         return {"": to_bfloat16(values, noise)}
 
     def scratch(self) -> int:
-        return 24
+        return 20

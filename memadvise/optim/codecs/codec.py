@@ -75,8 +75,8 @@ class Codec(ABC):
         return rows[:, start:stop] if suffix == "" else rows[:, start // self.block : -(-stop // self.block)]
 
     def scratch(self) -> int:
-        """Bytes an element that encoding and decoding allocate at most, with noise."""
-        return 64
+        """Bytes an element that encoding allocates at most, noise and all; decoding takes no more."""
+        return 40
 
 
 class BlockCodec(Codec):

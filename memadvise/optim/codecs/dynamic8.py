@@ -54,7 +54,7 @@ class Dynamic8(BlockCodec):
         return stored.to(torch.int32)
 
     def scratch(self) -> int:
-        return 48
+        return 32
 
 
 def _map(signed: bool) -> Map:

@@ -68,7 +68,7 @@ class Int4(BlockCodec):
         return stored[first:last, start // 2 : -(-stop // 2)]
 
     def scratch(self) -> int:
-        return 48
+        return 32
 
 
 def _linear(x: Tensor) -> Tensor:

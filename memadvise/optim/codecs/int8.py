@@ -56,7 +56,7 @@ class Int8(BlockCodec):
         return stored.to(torch.float32)
 
     def scratch(self) -> int:
-        return 40
+        return 36
 
 
 def _companded(x: Tensor, signed: bool) -> Tensor:

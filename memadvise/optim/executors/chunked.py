@@ -23,6 +23,7 @@ from memadvise.optim.executors.work import (
     agreement,
     aligned,
     caution_scale,
+    composed_bytes,
     granule,
     moved,
 )  # fmt: skip
@@ -34,9 +35,11 @@ CPU_ELEMENTS = 256 * 1024  # 1 MiB of float32: a few of these lie in a core's L2
 CUDA_ELEMENTS = 16 * 1024 * 1024  # enough work to hide the launches, 64 MiB of float32
 
 
-def box_limit(kind: str) -> int:
-    """Elements a box on a device of ``kind``."""
-    return CUDA_ELEMENTS if kind == "cuda" else CPU_ELEMENTS
+def box_limit(recipe: Recipe, kind: str) -> int:
+    """Elements a box on a device of ``kind``: fewer where decoding and encoding take ten times a box beside it."""
+    if kind != "cuda":
+        return CPU_ELEMENTS
+    return max(CUDA_ELEMENTS // 8, 1) if recipe.coded or recipe.compose.weights != "nearest" else CUDA_ELEMENTS
 
 
 def _buffers(dtype: torch.dtype) -> int:
@@ -46,16 +49,14 @@ def _buffers(dtype: torch.dtype) -> int:
 
 def scratch_bytes(recipe: Recipe, kind: str) -> int:
     """Upper bound of what a step on a parameter allocates: the scratch, and a handful of factor-sized tensors."""
-    local, cuts = _layout(recipe, box_limit(kind))
+    local, cuts = _layout(recipe, box_limit(recipe, kind))
     itemsize = compute_dtype(recipe.dtype).itemsize
     part = max((math.prod(shape) for shape in cuts.shapes), default=0)
     method, view = recipe.method, recipe.view
     factors = method.scratch_bytes(cuts.shapes[0] if local and cuts.shapes else view, recipe.options)
     if _kernel(recipe) is not None:
         return _buffers(recipe.dtype) * part * itemsize + factors
-    coded = sum(8 + c.codec.scratch() for c in recipe.coded.values())
-    composed = 0 if recipe.compose.plain else 6 * itemsize + 32
-    return ((_buffers(recipe.dtype) + 6) * itemsize + coded + composed) * part + factors
+    return ((_buffers(recipe.dtype) + 6) * itemsize + composed_bytes(recipe)) * part + factors
 
 
 def _kernel(recipe: Recipe) -> inplace.Apply | None:
@@ -94,7 +95,7 @@ class _Scratch:
         sizes: dict[tuple[torch.device, torch.dtype], int] = {}
         for work in works:
             key = (work.p.device, compute_dtype(work.p.dtype))
-            cuts = _layout(work.recipe, box_limit(device_type(work.p)))[1]
+            cuts = _layout(work.recipe, box_limit(work.recipe, device_type(work.p)))[1]
             part = max((math.prod(shape) for shape in cuts.shapes), default=0)
             sizes[key] = max(sizes.get(key, 0), _buffers(work.p.dtype) * part)
         self._flat = {key: torch.empty(size, device=key[0], dtype=key[1]) for key, size in sizes.items()}
@@ -119,7 +120,7 @@ class _Stepper:
     def __init__(self, work: Work, h: Hyper, scratch: _Scratch) -> None:
         self.work, self.h, self.scratch = work, h, scratch
         self.recipe, self.method, self.ctx = work.recipe, work.recipe.method, work.context(h)
-        self.local, self.cuts = _layout(work.recipe, box_limit(device_type(work.p)))
+        self.local, self.cuts = _layout(work.recipe, box_limit(work.recipe, device_type(work.p)))
         self.p, self.g = work.weight_parts(self.cuts), self.cuts.parts(work.g)
         names = self.recipe.elementwise
         self.coded = {name: CodedParts(work, name, self.cuts) for name in names if name in self.recipe.coded}

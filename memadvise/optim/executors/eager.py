@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from memadvise.optim.executors.work import CodedParts, Cuts, Work, agreement, caution_scale, moved, store
-from memadvise.optim.method import Hyper, Part, Round, Shape, Tensors
+from memadvise.optim.executors.work import CodedParts, Cuts, Work, agreement, caution_scale, composed_bytes, moved, store
+from memadvise.optim.method import Hyper, Part, Round, Shape, Tensors, compute_dtype
 from memadvise.optim.recipe import Recipe
 from memadvise.optim.weights import Nearest
 
@@ -52,12 +52,5 @@ def _step_one(work: Work, h: Hyper) -> None:
 def scratch_bytes(recipe: Recipe) -> int:
     """An upper bound of the temporaries of one step: copies of p and g, and those of the expressions of a method."""
     numel = math.prod(recipe.view)
-    temporaries = 8 * _itemsize(recipe) + sum(8 + coded.codec.scratch() for coded in recipe.coded.values())
-    composed = 0 if recipe.compose.plain else 8 * _itemsize(recipe) + 32
-    return (temporaries + composed) * numel + recipe.method.scratch_bytes(recipe.view, recipe.options)
-
-
-def _itemsize(recipe: Recipe) -> int:
-    from memadvise.optim.method import compute_dtype
-
-    return compute_dtype(recipe.dtype).itemsize
+    temporaries = 8 * compute_dtype(recipe.dtype).itemsize + composed_bytes(recipe)
+    return temporaries * numel + recipe.method.scratch_bytes(recipe.view, recipe.options)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memadvise.optim import noise
 from memadvise.optim.codecs.codec import Rows
-from memadvise.optim.method import Box, Context, Hyper, Runs, Shape, Tensors, broadcast_part
+from memadvise.optim.method import Box, Context, Hyper, Runs, Shape, Tensors, broadcast_part, compute_dtype
 from memadvise.optim.recipe import CORRECTION, Coded, Recipe
 from memadvise.optim.weights import WeightPart
 
@@ -67,6 +67,17 @@ class Work:
             return None
         key = noise.key_of(self.key, "weights", self.step)
         return noise.uniform(key, start, like.numel(), like.device).view(like.shape)
+
+
+def composed_bytes(recipe: Recipe) -> int:
+    """Bytes an element that a step allocates for what a method is composed with, at most: decoded moments for its whole
+    length, and what caution, codecs and the form of the weights need in their turns.
+    """
+    compose, itemsize = recipe.compose, compute_dtype(recipe.dtype).itemsize
+    caution = 6 * itemsize if compose.cautious or compose.cautious_decay else 0
+    form = 40 if compose.weights != "nearest" else 0
+    decoded = sum(itemsize + (4 if itemsize > 4 else 0) for _ in recipe.coded)
+    return decoded + max([caution, form, *(coded.codec.scratch() for coded in recipe.coded.values())])
 
 
 def store(target: Tensor, value: Tensor) -> None:
