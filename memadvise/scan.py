@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import memadvise
-from memadvise.advise.candidates import candidate_settings, static_prior
+from memadvise.advise.candidates import DENSE, TOKEN_ROLES, candidate_settings, static_prior
 from memadvise.advise.recommend import ENGINE_ADAMW
 from memadvise.errors import MemadviseError, PlanError, TargetError, TargetRaised
 from memadvise.ledger import MemoryLedger, Parameter, ProbeLedger, Scan
 from memadvise.names import glob_escape
+from memadvise.optim.registry import fitted, list_methods, method_info, problems_of
 from memadvise.plan.schema import Plan, Rule, Setting, Switches
 from memadvise.switches import batch_size, checkpoint_patterns, split_batch
 from memadvise.target import Target, load_target
@@ -200,15 +201,21 @@ def trace_setting(
 ) -> MemoryLedger:
     """Trace one step with memadvise's own engine executing ``plan``."""
     from memadvise.memory.estimate import estimate
-    from memadvise.optim.create import create_optimizer
+    from memadvise.optim.create import create_optimizer, hold_weights
 
     if switches is None:
         switches = plan.switches if isinstance(plan, Plan) else Switches()
 
+    def build_model() -> nn.Module:
+        model = target.model()
+        hold_weights(model, plan)  # before the trace takes stock of the parameters
+        return model
+
     def build(model: nn.Module) -> Optimizer:
         return create_optimizer(model, plan, lr=1e-3)
 
-    return estimate(target, device=device, optimizer=build, optimizer_name=label, switches=switches)
+    held = replace(target, build_model=build_model)
+    return estimate(held, device=device, optimizer=build, optimizer_name=label, switches=switches)
 
 
 def plan_tracer(scan: Scan) -> tuple[Callable[[Plan], MemoryLedger], tuple[str, ...]]:
@@ -260,13 +267,16 @@ def probe_methods(parameters: tuple[Parameter, ...]) -> dict[str, Plan]:
         axis = parameter.fan_out[0] if parameter.fan_out and len(parameter.shape) == 2 else 0
         return Setting("adam_mini", {"partition": "row", **({"axis": axis} if axis else {})})
 
-    return {
-        "adamw": uniform(lambda p: Setting("adamw")),
-        "slimadam": uniform(static_prior),
-        "adam_mini": uniform(adam_mini),
-        "lion": uniform(lambda p: Setting("lion")),
-        "sgd": uniform(lambda p: Setting("sgd")),
-    }
+    def defaults(name: str) -> Callable[[Parameter], Setting]:
+        def choose(parameter: Parameter) -> Setting:
+            setting = fitted(Setting(name), parameter.shape)
+            left_out = method_info(name).method.hidden_only and parameter.role in TOKEN_ROLES
+            return DENSE if left_out or problems_of(setting, parameter.shape, name="") else setting
+
+        return choose
+
+    special = {"slimadam": static_prior, "adam_mini": adam_mini}
+    return {name: uniform(special.get(name) or defaults(name)) for name in list_methods()}
 
 
 def _switch_variants(target: Target, model: nn.Module, batch: Any) -> list[Switches]:
