@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 
 from memadvise.errors import OptimizerError
 from memadvise.optim import AdamMini, AdamW, SlimAdam
+from memadvise.optim.optimizer import MemadviseOptimizer
 from memadvise.optim.registry import state_bytes, state_specs, validate
 from memadvise.plan.schema import Setting
+from memadvise.probe.hessian import Energies, sign_pair_energies, sign_pairs
+from memadvise.probe.partitions import ROWS, Partition
 
 
 def num_blocks(setting: Setting, shape: tuple[int, ...]) -> int:
@@ -26,8 +30,6 @@ def mini(partition: str, **options: object) -> Setting:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)], ids=str)
 def test_c1_vectors_are_adamw(dtype: torch.dtype, tolerance: float) -> None:
-    from memadvise.optim.optimizer import MemadviseOptimizer
-
     start, grads = torch.linspace(-1, 1, 24).to(dtype), stream((24,), 100)
     by_default, v = follow(AdamMini, start, grads, partition="whole")  # a model's default leaves vectors dense
     dense, _ = follow(AdamW, start, grads)
@@ -40,6 +42,15 @@ def test_c1_vectors_are_adamw(dtype: torch.dtype, tolerance: float) -> None:
         rows.step()
     assert rows.memory()[0].setting == "adam_mini(partition=row)"
     assert (p.detach() - dense).abs().max() < tolerance
+
+
+@pytest.mark.parametrize(("partition", "axes"), [("row", (1,)), ("whole", (0, 1))])
+def test_c2_rows_and_the_whole_are_slimadams(partition: str, axes: tuple[int, ...]) -> None:
+    grads = stream((24, 10), 30)
+    mini, v = follow(AdamMini, START, grads, partition=partition)
+    slim, w = follow(SlimAdam, START, grads, axes=axes)
+    assert torch.equal(mini, slim)
+    assert torch.equal(v, w)
 
 
 def test_c2_heads_are_rows_of_the_tensor_viewed_by_heads() -> None:
@@ -196,6 +207,49 @@ def test_c6_three_block_quadratic(seed: int) -> None:
     assert rows * 1e6 < dense
 
 
+def blocks_of_25(seed: int) -> tuple[Tensor, Partition, Partition]:
+    """A random positive block-diagonal Hessian of 100 coordinates, its true partition, and the same labels shuffled."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = [torch.randn(25, 25, generator=generator, dtype=torch.float64) for _ in range(4)]
+    labels = torch.arange(4).repeat_interleave(25)
+    order = torch.randperm(100, generator=generator)
+    true, shuffled = (Partition(name, ROWS, x) for name, x in (("true", labels), ("shuffled", labels[order])))
+    return torch.block_diag(*(x @ x.t() for x in factors)), true, shuffled
+
+
+def energies(hessian: Tensor, partition: Partition) -> Energies:
+    """Exactly, from the Hessian itself."""
+    same, square = partition.labels[:, None] == partition.labels, hessian.square()
+    return Energies(square.sum().item(), square.diagonal().sum().item(), square[same].sum().item())
+
+
+def hvp(hessian: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda direction: (hessian @ direction.flatten()).view_as(direction)
+
+
+LINE = torch.zeros(100, 1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_c7_the_estimator_of_block_structure(seed: int) -> None:
+    hessian, true, shuffled = blocks_of_25(seed)
+    total, _, (inside,) = sign_pair_energies(hvp(hessian), LINE, [true], num_probes=8)
+    assert inside == pytest.approx(total, rel=1e-12)  # block signs cancel: exact for every pair
+    assert energies(hessian, true).score(true.chance(1)) == pytest.approx(1, abs=1e-12)
+
+    exact = energies(hessian, shuffled)
+    assert abs(exact.score(shuffled.chance(1))) < 0.1
+    assert exact.rho == pytest.approx(0.64, abs=0.03)  # which is why the diagonal and chance are taken off
+    total, _, (inside,) = sign_pair_energies(hvp(hessian), LINE, [shuffled], num_probes=64)
+    assert sum(inside) / sum(total) == pytest.approx(exact.rho, abs=0.06)
+
+    plain = sign_pairs(hvp(hessian), LINE, [true, shuffled], num_probes=8)
+    scaled = sign_pairs(hvp(7 * hessian), LINE, [true, shuffled], num_probes=8)
+    assert [v.score for v in scaled] == pytest.approx([v.score for v in plain], rel=1e-9)
+    total, diagonal, _ = sign_pair_energies(hvp(hessian.diagonal().diag()), LINE, [true], num_probes=8)
+    assert diagonal == pytest.approx(total, rel=1e-12)
+
+
 def small_llama() -> dict[str, tuple[int, ...]]:
     return {
         "model.embed_tokens.weight": (50, 32), "model.layers.0.self_attn.q_proj.weight": (64, 32),
@@ -223,8 +277,6 @@ def small_llama() -> dict[str, tuple[int, ...]]:
     ],
 )
 def test_c8_any_name_takes_a_step_and_no_matrix_gets_a_scalar(name: str, shape: tuple[int, ...]) -> None:
-    from memadvise.optim.optimizer import MemadviseOptimizer
-
     p = nn.Parameter(torch.ones(shape))
     optimizer = MemadviseOptimizer([(name, p)], mini("row"), lr=0.1)
     p.grad = torch.full(shape, 2.0)
@@ -233,6 +285,40 @@ def test_c8_any_name_takes_a_step_and_no_matrix_gets_a_scalar(name: str, shape: 
     assert optimizer.state[p]["exp_avg_sq"].numel() >= max(shape[0] if shape else 1, 1)
     if len(shape) > 1:
         assert optimizer.state[p]["exp_avg_sq"].numel() > 1
+
+
+def models() -> Iterator[nn.Module]:
+    """Tiny ones, with the parameter names and shapes of the real ones."""
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**small, "vocab_size": 64, "intermediate_size": 48, "max_position_embeddings": 16}
+    opt = {**small, "vocab_size": 64, "ffn_dim": 48, "max_position_embeddings": 16, "word_embed_proj_dim": 32}
+    gpt2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}
+    for config in (
+        transformers.LlamaConfig(**text, num_key_value_heads=2, head_dim=16),
+        transformers.GPT2Config(**gpt2, bos_token_id=0, eos_token_id=0),
+        transformers.OPTConfig(**opt),
+        transformers.BertConfig(**text),
+        transformers.ViTConfig(**small, intermediate_size=48, image_size=16, patch_size=4),
+    ):
+        yield transformers.AutoModel.from_config(config)
+    yield nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=4), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize("make", [AdamMini, SlimAdam])
+def test_c8_every_parameter_of_real_models_takes_a_step_and_no_matrix_gets_a_scalar(
+    make: type[MemadviseOptimizer],
+) -> None:
+    for model in models():
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer = make(model.named_parameters(), lr=0.1)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        for name, p in model.named_parameters():
+            assert (p != before[name]).all(), name
+            one_row = p.numel() == p.shape[-1]  # a class token [1, 1, d]
+            assert optimizer.state[p]["exp_avg_sq"].numel() > 1 or one_row, name
 
 
 def test_c8_partitions_of_convolutions_and_expert_stacks() -> None:

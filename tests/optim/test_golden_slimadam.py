@@ -1,15 +1,23 @@
-"""Golden checks of SlimAdam (arXiv 2503.01843): properties that follow from its definition."""
+"""Golden checks of SlimAdam (arXiv 2503.01843): properties that follow from its definition, and its rules.
+
+Not covered of B6: reading the public SNR files (they are not part of this repository), and so the SNR of each of the
+74 matrices; the rules are tested on the means by role that are published, and on the rule set that the files give.
+"""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from memadvise.ledger import SnrValue
 from memadvise.optim import AdamMini, AdamW, SlimAdam
 from memadvise.optim.optimizer import MemadviseOptimizer
-from memadvise.optim.registry import approximate_second_moment
+from memadvise.optim.registry import approximate_second_moment, state_specs
 from memadvise.plan.schema import Setting
+from memadvise.probe.snr import SNR_CAP, rules_from_snr, snr
 
 
 def stream(shape: tuple[int, ...], steps: int, seed: int = 0) -> list[Tensor]:
@@ -82,6 +90,22 @@ def test_b4_the_mean_of_v_is_what_the_method_holds() -> None:
     assert (row - held).square().sum() / row.square().sum() == 1 / (1 + snr)
 
 
+def test_b4_unit_values_of_the_snr() -> None:
+    generator = torch.Generator().manual_seed(0)
+    constant = torch.rand(5, 1, generator=generator).expand(5, 40)
+    assert snr(constant, (1,)).snr == SNR_CAP
+    assert snr(torch.tensor([0.0, 2.0]).repeat(3, 20), (1,)).snr == 1
+    normal = torch.randn(64, 10_000, generator=generator)
+    assert snr(normal.square(), (1,)).snr == pytest.approx(0.5, rel=0.02)
+    v = torch.zeros(20_000)
+    for _ in range(150):
+        v.lerp_(torch.randn(v.shape, generator=generator).square(), 1 - 0.95)
+    assert snr(v, (0,)).snr == pytest.approx(19.5, rel=0.03)
+    v = torch.rand(64, dtype=torch.float64, generator=generator) ** 3
+    lost = (v - v.mean()).square().sum() / v.square().sum()
+    assert 1 / (1 + snr(v, (0,)).snr) == pytest.approx(lost.item(), rel=1e-12)  # type: ignore[operator]
+
+
 @pytest.mark.parametrize(("axes", "partition"), [((1,), "row"), ((0,), "column"), ((0, 1), "whole")])
 def test_b5_the_same_partition_by_either_name_is_the_same_method(axes: tuple[int, ...], partition: str) -> None:
     grads = stream((24, 10), 30)
@@ -89,6 +113,68 @@ def test_b5_the_same_partition_by_either_name_is_the_same_method(axes: tuple[int
     mini, w = follow(AdamMini, START, grads, partition=partition)
     assert torch.equal(slim, mini)
     assert torch.equal(v, w)
+
+
+# Means over layers of the trajectory mean of the SNR over (0,), (1,), (0, 1): GPT-2 small of the paper's experiments
+SNR_BY_ROLE = {
+    "lr 3e-4": {
+        "wte": (0.0003, 5.13, 0.0002), "wpe": (1.88, 11.6, 1.33), "q_proj": (0.56, 3.18, 0.27),
+        "k_proj": (0.49, 2.60, 0.26), "v_proj": (2.16, 0.73, 0.39), "output_proj": (9.21, 0.81, 0.63),
+        "mlp_up": (3.07, 2.68, 1.31), "mlp_down": (7.70, 2.52, 1.75),
+    },
+    "lr 3e-3": {
+        "wte": (0.0005, 0.85, 0.00003), "wpe": (1.46, 4.19, 0.57), "q_proj": (0.42, 0.61, 0.05),
+        "k_proj": (0.28, 1.05, 0.05), "v_proj": (1.36, 0.21, 0.09), "output_proj": (4.80, 0.36, 0.23),
+        "mlp_up": (1.09, 0.49, 0.19), "mlp_down": (3.88, 0.47, 0.26),
+    },
+}  # fmt: skip
+STATIC = {
+    "wte": (1,), "wpe": (1,), "q_proj": (1,), "k_proj": (1,),
+    "v_proj": (0,), "output_proj": (0,), "mlp_up": (0,), "mlp_down": (0,),
+}  # fmt: skip
+SHAPES = {
+    "wte": (50304, 768), "wpe": (1024, 768), "mlp_up": (3072, 768), "mlp_down": (768, 3072),
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "output_proj"), (768, 768)),
+}  # fmt: skip
+
+
+def measured(table: tuple[float, float, float]) -> list[SnrValue]:
+    return [SnrValue(axes, value, value, None) for axes, value in zip(((0,), (1,), (0, 1)), table, strict=True)]
+
+
+def test_b6_rules_from_the_published_means() -> None:
+    low = {role: rules_from_snr(measured(values)) for role, values in SNR_BY_ROLE["lr 3e-4"].items()}
+    assert low == STATIC
+    high = {role: rules_from_snr(measured(values)) for role, values in SNR_BY_ROLE["lr 3e-3"].items()}
+    assert high == {**STATIC, "wte": None, "q_proj": None}  # at ten times the rate less can be averaged
+    most = {
+        role: rules_from_snr(measured(values), policy="max_compression", shape=SHAPES[role])
+        for role, values in SNR_BY_ROLE["lr 3e-4"].items()
+    }
+    assert {role for role, axes in most.items() if axes == (0, 1)} == {"wpe", "mlp_up", "mlp_down"}
+    assert rules_from_snr([SnrValue((0,), 5.69, 5.69, None)]) is None  # a norm: vectors stay dense
+
+
+def test_b6_the_shipped_rules_save_what_is_published() -> None:
+    """74 matrices: one rule a role, but for five tensors that the files decide otherwise; 25 norms in full."""
+    rules: dict[tuple[int, str], tuple[int, ...] | None] = {(0, role): STATIC[role] for role in ("wte", "wpe")}
+    rules.update({(layer, role): axes for layer in range(12) for role, axes in STATIC.items() if role[0] != "w"})
+    assert len(rules) == 74
+    norms = 25 * 768
+
+    def kept() -> int:
+        total = norms
+        for (_, role), axes in rules.items():
+            setting = Setting("slimadam", {"axes": list(axes)}) if axes else Setting("adamw")
+            total += math.prod(state_specs(setting, SHAPES[role])["exp_avg_sq"].shape)
+        return total
+
+    dense = norms + sum(math.prod(SHAPES[role]) for _, role in rules)
+    assert (dense, kept()) == (124_373_760, 153_472)
+    rules[2, "q_proj"], rules[3, "q_proj"] = None, (0,)
+    rules.update({(layer, "mlp_up"): (1,) for layer in (9, 10, 11)})
+    assert kept() == 749_440
+    assert 1 - kept() / dense == pytest.approx(0.99397, abs=1e-5)
 
 
 def test_b7_permuting_columns_permutes_the_result_and_leaves_v() -> None:
