@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 
 from memadvise.memory.hostvalues import HostValues, attach_value
 from memadvise.memory.semantics import CudaDevices, Semantics, check_device, device_semantics, random_state_kept
@@ -111,7 +111,7 @@ def _real_batches(target: Target, device: str, batches: int | Sequence[Any]) -> 
 
 def _on_fakes(model: nn.Module, fake_mode: FakeTensorMode) -> nn.Module:
     """The model itself; or, when it was built before (a global, a cached model), a copy of it on fake tensors."""
-    real = {id(t): t for t in (*model.parameters(), *model.buffers()) if not isinstance(t, FakeTensor)}
+    real = {id(t): t for t in (*model.parameters(), *model.buffers()) if not is_fake(t)}
     if not real:
         return model
     memo: dict[int, Any] = {}

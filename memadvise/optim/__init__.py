@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from memadvise.optim.classes.lowrank import Adagrad, Adapprox, RMSprop
     from memadvise.optim.classes.micro import MicroAdam
     from memadvise.optim.create import bind_plan, create_optimizer
+    from memadvise.optim.int8_weights import Int8Weight, dequantize_weights, quantize_weights
     from memadvise.optim.optimizer import MemadviseOptimizer
 
 _LAZY = {
@@ -33,8 +34,11 @@ _LAZY = {
     "SlimAdam": "classes.adam",
     "MemadviseOptimizer": "optimizer",
     "MicroAdam": "classes.micro",
+    "Int8Weight": "int8_weights",
     "bind_plan": "create",
     "create_optimizer": "create",
+    "dequantize_weights": "int8_weights",
+    "quantize_weights": "int8_weights",
 }
 
 __all__ = [
@@ -47,6 +51,7 @@ __all__ = [
     "AdamW4bit",
     "AdamW8bit",
     "Adapprox",
+    "Int8Weight",
     "Lion",
     "MemadviseOptimizer",
     "MicroAdam",
@@ -54,6 +59,8 @@ __all__ = [
     "SlimAdam",
     "bind_plan",
     "create_optimizer",
+    "dequantize_weights",
+    "quantize_weights",
     "release",
 ]
 

@@ -53,23 +53,8 @@ def create_optimizer(
         PlanError: every mistake of the plan, at once, with its place in the file.
         OptimizerError: a hyper-parameter out of range, or a group with a parameter that is not of the model.
     """
-    named = _named(model)
-    trainable = {name: p for name, p in named.items() if p.requires_grad}
-    if not trainable:
-        raise OptimizerError(
-            "the model has no trainable parameter", hint="set requires_grad=True where training is meant"
-        )
-    settings: Setting | dict[str, Setting]
-    if isinstance(plan, Setting):
-        settings, methods = plan, {plan.method}
-    else:
-        if not isinstance(plan, Plan):
-            from memadvise.plan.load import load_plan
-
-            plan = load_plan(plan)
-        shapes = {name: tuple(p.shape) for name, p in trainable.items()}
-        settings = bind_plan(plan, shapes, frozen=named.keys() - trainable.keys())
-        methods = {setting.method for setting in settings.values()}
+    trainable, settings = _bound(model, plan)
+    methods = {settings.method} if isinstance(settings, Setting) else {s.method for s in settings.values()}
     if betas is None:
         betas = method_info(methods.pop()).method.default_betas if len(methods) == 1 else (0.9, 0.999)
     given = None if param_groups is None else _named_groups(param_groups, trainable)
@@ -88,25 +73,57 @@ def create_optimizer(
                 hint="call memadvise.optim.quantize_weights(model, ...) first, then make the groups",
             )
     if narrowed and given is None:
-        stand_ins = {name: Int8Weight.from_float(p.detach().to("meta")) for name, p in narrowed.items()}
+        stand_ins = {name: Int8Weight.from_float(trainable[name].detach().to("meta")) for name in narrowed}
         make({**trainable, **stand_ins})  # whatever is wrong is said before the model changes
+        trainable.clear()  # nothing else should keep the floats
         quantize_weights(model, narrowed)
         trainable = {name: p for name, p in _named(model).items() if p.requires_grad}
     return make(trainable)
 
 
-def _to_be_int8(trainable: Mapping[str, Tensor], settings: Setting | Mapping[str, Setting]) -> dict[str, Tensor]:
+def hold_weights(model: nn.Module, plan: str | Path | Plan | Setting) -> list[str]:
+    """Replace the parameters for which ``plan`` says ``weights: int8``, as :func:`create_optimizer` does; their names.
+
+    For what must happen between the two: hooks, groups, a wrapper, a checkpoint.
+
+    Raises:
+        PlanError, OptimizerError: as create_optimizer.
+    """
+    return quantize_weights(model, _to_be_int8(*_bound(model, plan)))
+
+
+def _bound(
+    model: nn.Module, plan: str | Path | Plan | Setting
+) -> tuple[dict[str, Tensor], Setting | dict[str, Setting]]:
+    """The trainable parameters by name, and the one setting for all or the setting of each."""
+    named = _named(model)
+    trainable = {name: p for name, p in named.items() if p.requires_grad}
+    if not trainable:
+        raise OptimizerError(
+            "the model has no trainable parameter", hint="set requires_grad=True where training is meant"
+        )
+    if isinstance(plan, Setting):
+        return trainable, plan
+    if not isinstance(plan, Plan):
+        from memadvise.plan.load import load_plan
+
+        plan = load_plan(plan)
+    shapes = {name: tuple(p.shape) for name, p in trainable.items()}
+    return trainable, bind_plan(plan, shapes, frozen=named.keys() - trainable.keys())
+
+
+def _to_be_int8(trainable: Mapping[str, Tensor], settings: Setting | Mapping[str, Setting]) -> list[str]:
     """The parameters that their settings want in int8 and that are not yet."""
-    narrowed = {}
+    names = []
     for name, p in trainable.items():
-        if nn.parameter.is_lazy(p):
-            continue  # refused elsewhere
+        if nn.parameter.is_lazy(p) or isinstance(p, Int8Weight):
+            continue
         setting = fitted(settings, tuple(p.shape)) if isinstance(settings, Setting) else settings[name]
-        if setting.options.get("weights") == Int8.name and not isinstance(p, Int8Weight):
+        if setting.options.get("weights") == Int8.name:
             if not holdable(p):
                 raise OptimizerError(f"{name} is a {type(p).__name__} of {p.dtype}, which cannot be held in int8")
-            narrowed[name] = p
-    return narrowed
+            names.append(name)
+    return names
 
 
 def _named(model: nn.Module) -> dict[str, Tensor]:

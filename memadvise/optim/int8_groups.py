@@ -28,7 +28,8 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor, group: int, out: Tensor) 
     out.copy_(codes)
     for columns, groups, size in _pieces(codes.shape[1], group):
         blocks = out[:, columns].unflatten(1, (-1, size))
-        blocks.sub_(zero[:, groups, None]).mul_(scale[:, groups, None])
+        z, s = (t[:, groups, None].to(out.dtype) for t in (zero, scale))
+        blocks.sub_(z).mul_(s)
     return out
 
 
@@ -48,7 +49,7 @@ def encode_(values: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, group: i
             x.round_()
         else:  # by the remainder itself: adding noise before rounding down would move weights that lie on the grid
             down = x.floor()
-            up = noise[:, columns].unflatten(1, (-1, size)) < x.sub_(down)
+            up = x.sub_(down).sub_(noise[:, columns].unflatten(1, (-1, size))).ceil_()  # 1 if noise is below, else 0
             x = down.add_(up)
         codes[:, columns].unflatten(1, (-1, size)).copy_(x.add_(z[..., None]).clamp_(0, _TOP))
         scale[:, groups], zero[:, groups] = s, z

@@ -27,7 +27,7 @@ A weight that is NaN or infinite makes its whole group so.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -37,6 +37,8 @@ from memadvise.names import canonical_name, matches
 from memadvise.optim.int8_tensor import DTYPES, GROUP, Int8Weight
 
 __all__ = ["Int8Weight", "dequantize_weights", "holdable", "quantize_weights"]
+
+_Slots = list[tuple[nn.Module, str]]
 
 
 def quantize_weights(model: nn.Module, match: str | Collection[str] = "**", *, group: int = GROUP) -> list[str]:
@@ -53,36 +55,44 @@ def quantize_weights(model: nn.Module, match: str | Collection[str] = "**", *, g
     Raises:
         OptimizerError: a pattern that matches nothing which can be held so, or a parameter that has hooks already.
     """
-    patterns = [match] if isinstance(match, str) else list(match)
+    turned = _chosen(model, [match] if isinstance(match, str) else list(match))
+    for _, slots in turned:  # no other reference to them here: the floats go as soon as the bytes are there
+        _turn(slots, lambda p: Int8Weight.from_float(p, group))
+    return [name for name, _ in turned]
+
+
+def dequantize_weights(model: nn.Module) -> list[str]:
+    """Make the int8 parameters of ``model`` ordinary ones again, in place; their names."""
+    turned = [(names[0], slots) for p, (names, slots) in _places(model).items() if isinstance(p, Int8Weight)]
+    for _, slots in turned:
+        _turn(slots, lambda p: p.dequantize())
+    return [name for name, _ in turned]
+
+
+def _chosen(model: nn.Module, patterns: list[str]) -> list[tuple[str, _Slots]]:
+    """The first names and the places of the parameters to be held in int8."""
     places = _places(model)
-    chosen: dict[Tensor, str] = {}
+    chosen: set[Tensor] = set()
     for pattern in patterns:
         found = [p for p, (names, _) in places.items() if any(pattern == n or matches(pattern, n) for n in names)]
         fit = [p for p in found if isinstance(p, Int8Weight) or holdable(p)]
         if not fit and pattern != "**":
             what = "no matrix of floats" if found else "no parameter"
             raise OptimizerError(f"quantize_weights: '{pattern}' matches {what} of the model")
-        chosen.update({p: places[p][0][0] for p in fit if not isinstance(p, Int8Weight)})
-    for p, name in chosen.items():
+        chosen.update(p for p in fit if not isinstance(p, Int8Weight))
+    turned = []
+    for p, (names, slots) in places.items():
+        if p not in chosen:
+            continue
         if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
-            raise OptimizerError(f"{name} has hooks, which int8 weights would lose", hint="add hooks after quantizing")
-    order = [p for p in places if p in chosen]
-    for p in order:
-        _replace(places[p][1], nn.Parameter(Int8Weight.from_float(p.detach(), group), p.requires_grad))
-    return [chosen[p] for p in order]
+            raise OptimizerError(f"{names[0]} has hooks, which int8 weights would lose", hint="add hooks afterwards")
+        turned.append((names[0], slots))
+    return turned
 
 
-def dequantize_weights(model: nn.Module) -> list[str]:
-    """Make the int8 parameters of ``model`` ordinary ones again, in place; their names."""
-    places = {p: place for p, place in _places(model).items() if isinstance(p, Int8Weight)}
-    for p, (_, slots) in places.items():
-        _replace(slots, nn.Parameter(p.detach().dequantize(), p.requires_grad))
-    return [names[0] for names, _ in places.values()]
-
-
-def _places(model: nn.Module) -> dict[Tensor, tuple[list[str], list[tuple[nn.Module, str]]]]:
+def _places(model: nn.Module) -> dict[Tensor, tuple[list[str], _Slots]]:
     """Parameter -> its names, and the modules and attributes that hold it."""
-    places: dict[Tensor, tuple[list[str], list[tuple[nn.Module, str]]]] = {}
+    places: dict[Tensor, tuple[list[str], _Slots]] = {}
     for path, module in model.named_modules():
         for attribute, p in module._parameters.items():
             if p is not None:
@@ -98,6 +108,10 @@ def holdable(p: Tensor) -> bool:
     return not nn.parameter.is_lazy(p) and not wrapped and p.ndim >= 2 and p.dtype in DTYPES and p.numel() > 0
 
 
-def _replace(slots: list[tuple[nn.Module, str]], new: Tensor) -> None:
+def _turn(slots: _Slots, change: Callable[[Tensor], Tensor]) -> None:
+    """Put the changed parameter where the old one was."""
+    module, attribute = slots[0]
+    old = getattr(module, attribute)
+    new = nn.Parameter(change(old.detach()), old.requires_grad)
     for module, attribute in slots:
         setattr(module, attribute, new)  # not in _parameters directly: recurrent layers keep a list of their own
