@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from memadvise.optim.executors import inplace
+from memadvise.optim.executors.cuts import Cuts
 from memadvise.optim.executors.work import (
     CodedParts,
-    Cuts,
     Work,
     agreement,
     aligned,
@@ -147,10 +147,9 @@ class _Stepper:
         smalls = self._taken(small)
         if self.recipe.compose.cautious:
             scale = self._caution([partial(self._prepared, smalls, i) for i in range(count)])
-        self.work.store_factors(new)
-        del new
         for i in range(count):
             self._apply(i, self._box(smalls, i), scale)
+        self.work.store_factors(new)  # last: an update may divide by the old ones
 
     def _prepared(self, smalls: dict[str, Sequence[Tensor]], i: int) -> tuple[Tensors, Tensors]:
         return self._box(smalls, i), {}

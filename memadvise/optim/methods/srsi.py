@@ -170,27 +170,29 @@ def start(key: int, shape: Shape, columns: int, like: Tensor, warm: Tensor | Non
     if warm is not None and warm.shape[-1]:
         kept = u[..., : min(columns, warm.shape[-1])]
         old = warm[..., : kept.shape[-1]]
-        kept.copy_(torch.where(old.abs().amax(-2, keepdim=True) > 0, old, kept))
+        kept.copy_(torch.where(torch.linalg.vector_norm(old, math.inf, dim=-2, keepdim=True) > 0, old, kept))
     return u
 
 
 def iterate(a: Operator, u: Tensor, rank: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """S-RSI from the start ``u``: ``Q [*lead, M, rank]`` with orthonormal columns, ``U [*lead, N, rank]``."""
-    q = u
+    """S-RSI from the start ``u``, which it uses up: ``Q [*lead, M, rank]``, orthonormal, and ``U [*lead, N, rank]``."""
     for _ in range(ranks.iterations):
-        q = torch.linalg.qr(a.times(_scaled(u))).Q
+        rows = a.times(_scale_(u))
+        del u
+        q = torch.linalg.qr(rows).Q
+        del rows
         u = a.transposed(q)
     if ranks.truncation == "svd":
-        # NaN would raise in an SVD: such factors are refused by whoever asked, not here
+        # an SVD of NaN would raise; such factors are refused by whoever asked, not here
         x, s, yh = torch.linalg.svd(u.nan_to_num(0.0, 0.0, 0.0), full_matrices=False)
         poison = (u - u).sum((-2, -1), keepdim=True)  # 0, or NaN
         q, u = q @ yh.mT[..., :rank], x[..., :rank] * s[..., None, :rank] + poison
     return q[..., :rank], u[..., :rank]
 
 
-def _scaled(u: Tensor) -> Tensor:
+def _scale_(u: Tensor) -> Tensor:
     largest = torch.linalg.vector_norm(u, math.inf, dim=-2, keepdim=True)
-    return u / torch.where(largest > 0, largest, 1.0)
+    return u.div_(torch.where(largest > 0, largest, 1.0))
 
 
 def square(a: Tensor) -> Tensor:
@@ -262,7 +264,8 @@ def scratch_elements(shape: Shape, ranks: Ranks) -> int:
     *lead, rows, inputs = shape
     wide = ranks.columns(ranks.rank, shape)
     noise_values = 12 * min(_CPU_NOISE, wide * inputs * math.prod(lead))
-    return math.prod(lead) * (wide * (4 * rows + 4 * inputs) + 4 * wide * wide) + noise_values
+    products = 2 * (rows + inputs) + min(rows, inputs)  # two pairs of factors, and a product of one box
+    return math.prod(lead) * (wide * products + 3 * wide * wide) + noise_values
 
 
 def check_increment(value: Any) -> str | Growth | None:

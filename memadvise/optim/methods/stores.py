@@ -191,12 +191,19 @@ class LowRankStore(Store):
 
         passes = _Passes(visit, old, self.shape)
         q, u, rank = srsi.factor(passes, self.shape, ranks, begin, held, ranks.due(ctx.step, ctx.key))
-        # every update still divides by the old factors; the new ones go into the same tensors
-        small = {name: value.clone() for name, value in old.items()}
-        new = self._kept({"q": q, "u": u}, state)
+        finite = (q.isfinite().all(-1).all(-1) & u.isfinite().all(-1).all(-1))[..., None, None]
+        new = {"q": self._kept(q, state["q"], finite)}
+        del q
+        new["u"] = self._kept(u, state["u"], finite)
         if ranks.adaptive:
             new["rank"] = torch.full_like(state["rank"], rank)
-        return small, new
+        return old, new  # every update still divides by the old factors
+
+    def _kept(self, new: Tensor, old: Tensor, finite: Tensor) -> Tensor:
+        """A new factor with all its columns; of a matrix where that is not finite, the old one."""
+        if new.shape != old.shape:
+            new = torch.nn.functional.pad(new, (0, old.shape[-1] - new.shape[-1]))
+        return torch.where(finite, new, old, out=new)
 
     def _factors(self, q: Tensor, u: Tensor) -> Tensors:
         """The factors, and those of the rank-1 estimate if it is wanted (at full rank there is nothing to mend)."""
@@ -205,14 +212,6 @@ class LowRankStore(Store):
         row = (q @ u.sum(-2).unsqueeze(-1)).div_(self.shape[-1]).clamp_(min=0)
         column = (u @ q.sum(-2).unsqueeze(-1)).div_(self.shape[-2]).clamp_(min=0).mT
         return {"q": q, "u": u, "row": _over_mean(row) * self.floor, "col": column}
-
-    def _kept(self, new: Tensors, state: Tensors) -> Tensors:
-        """The new factors with all their columns; of a matrix where they are not finite, the old ones."""
-        finite = torch.stack([x.isfinite().all(-1).all(-1)[..., None, None] for x in new.values()]).all(0)
-        for name, x in new.items():
-            padded = torch.nn.functional.pad(x, (0, self.ranks.rank - x.shape[-1]))
-            new[name] = torch.where(finite, padded, state[name])
-        return new
 
     def stats(self, part: Part, mix: Mix, round_: Round) -> Tensors:
         v = self.second(part, mix)[0]
