@@ -72,14 +72,16 @@ def attach(model: nn.Module, factory: Factory, *, guard: bool = True) -> Release
                 "DistributedDataParallel averages gradients after they are complete, too late for a step in backward",
                 hint="use fully_shard, whose gradients arrive averaged, or the plain optimizer",
             )
-    named = [(canonical_name(name), p) for name, p in model.named_parameters()]
+    named = ((canonical_name(name), p) for name, p in model.named_parameters())
     optimizer = factory([(name, p) for name, p in named if p.requires_grad])
     if not isinstance(optimizer, MemadviseOptimizer):
         raise OptimizerError(
             f"the factory returned a {type(optimizer).__module__}.{type(optimizer).__qualname__}",
             hint="return one of memadvise.optim: its AdamW is torch's bit for bit",
         )
-    return ReleasedOptimizer(optimizer, {p: name for name, p in named}, guard=guard)
+    # asked anew: a plan may have made int8 weights of some
+    names: dict[Tensor, str] = {p: canonical_name(name) for name, p in model.named_parameters()}
+    return ReleasedOptimizer(optimizer, names, guard=guard)
 
 
 class ReleasedOptimizer(Optimizer):

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from toy import Toy, batch, loss_of, same, train
 
 from memadvise.errors import Mark, OptimizerError, PlanError
-from memadvise.optim import AdamW, SlimAdam, create_optimizer, noise
+from memadvise.optim import AdamW, SlimAdam, create_optimizer, noise, release
 from memadvise.optim.create import hold_weights
 from memadvise.optim.executors import chunked
 from memadvise.optim.int8_groups import decode, encode_
@@ -665,3 +665,19 @@ def test_a_nan_gradient_spoils_its_group_and_no_other() -> None:
     lost = p.dequantize().isnan()
     assert lost[1, 128:].all()
     assert lost.sum() == 128
+
+
+def test_steps_in_backward_are_the_steps_of_the_plain_loop() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 300), nn.GELU(), nn.Linear(300, 10))
+    other, setting = copy.deepcopy(model), Setting("adamw", {"weights": "int8"})
+    released = release.attach(model, lambda _: create_optimizer(model, setting, lr=1e-3))
+    plain = create_optimizer(other, setting, lr=1e-3)
+    for _ in range(3):
+        x = torch.randn(8, 40)
+        for each, optimizer in ((model, released), (other, plain)):
+            each(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert same_bytes(model[0].weight, other[0].weight)
+    assert same(values(model), values(other))
