@@ -19,9 +19,10 @@ from torch.optim.optimizer import Optimizer
 from memadvise.errors import OptimizerError
 from memadvise.names import canonical_name
 from memadvise.optim import compose, engine
+from memadvise.optim import convert as conversion
 from memadvise.optim.engine import Resolved
 from memadvise.optim.method import Hyper, Tensors
-from memadvise.optim.registry import canonical_key, fitted, parse_setting
+from memadvise.optim.registry import DENSE, canonical_key, fitted, parse_setting
 from memadvise.plan.schema import Setting
 
 STATE_FORMAT = 1
@@ -213,27 +214,29 @@ class MemadviseOptimizer(Optimizer):
         settings = {index: canonical_key(resolved.setting) for index, (_, resolved) in enumerate(self._in_order())}
         return {**state_dict, _KEY: {"format": STATE_FORMAT, "settings": settings}}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, convert: bool = False) -> None:
         """Load what :meth:`state_dict` gave. Tensors are copied, and keep their dtype whatever the parameters' is.
 
         State of torch.optim.AdamW loads where the setting is adamw.
 
+        Args:
+            state_dict: of this plan, or, with ``convert``, of one that differs from it.
+            convert: make state of another setting into state of this one where :mod:`memadvise.optim.convert` can.
+
         Raises:
-            OptimizerError: a newer format, or state that another setting made (the parameter is named).
+            OptimizerError: a newer format, or state that another setting made (the parameter is named); the optimizer
+                is then as it was.
             ValueError: another number of groups or parameters.
         """
-        saved: dict[Any, Any] = {}
+        loaded: dict[Tensor, Tensors] = {}
 
         def withhold(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             # torch would cast every tensor to its parameter's dtype: it gets the groups only, after the user's hooks.
-            self._check_state(state_dict)
-            saved.update(state_dict["state"])
+            loaded.update(self._read(state_dict, convert))
             return {**state_dict, "state": {}}
 
         def restore(_: Optimizer) -> None:
-            for index, (p, resolved) in enumerate(self._in_order()):
-                if state := saved.get(index):
-                    self.state[p] = self._restored(resolved, p, state)
+            self.state.update(loaded)
 
         first = self.register_load_state_dict_pre_hook(withhold)
         second = self.register_load_state_dict_post_hook(restore, prepend=True)
@@ -243,7 +246,11 @@ class MemadviseOptimizer(Optimizer):
             first.remove()
             second.remove()
 
-    def _check_state(self, state_dict: dict[str, Any]) -> None:
+    def _read(self, state_dict: dict[str, Any], convert: bool) -> dict[Tensor, Tensors]:
+        """New state for every parameter that has some in ``state_dict``; nothing of this optimizer changes."""
+        if not {"state", "param_groups"} <= state_dict.keys():
+            found = ", ".join(sorted(map(str, state_dict))[:4]) or "nothing"
+            raise OptimizerError(f"this is not the state of an optimizer: it holds {found}")
         ours = state_dict.get(_KEY)
         if ours is not None and ours.get("format") != STATE_FORMAT:
             raise OptimizerError(
@@ -252,11 +259,20 @@ class MemadviseOptimizer(Optimizer):
             )
         counts = [len(group["params"]) for group in state_dict["param_groups"]]
         if counts != [len(group["params"]) for group in self.param_groups]:
-            return  # torch says so in its own words
+            return {}  # torch says so in its own words
         settings = ours["settings"] if ours is not None else {}
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        if indices != list(range(len(indices))):
-            raise OptimizerError("the parameters of this optimizer state are not numbered from 0 in order")
+        self._check_order(state_dict)
+        read: dict[Tensor, Tensors] = {}
+        # numbers as a rule; distributed checkpoints say names
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for index, (p, resolved) in zip(saved, self._in_order(), strict=True):
+            state = state_dict["state"].get(index) or {}
+            state = self._in_form(resolved, p, settings.get(index), state, convert)
+            if state:
+                read[p] = self._restored(resolved, p, state)
+        return read
+
+    def _check_order(self, state_dict: dict[str, Any]) -> None:
         saved = [name for group in state_dict["param_groups"] for name in group.get("param_names") or ()]
         names, own = [canonical_name(name) for name in saved], [resolved.name for _, resolved in self._in_order()]
         if names != own and sorted(names) == sorted(own):  # state goes by position: it would change hands
@@ -265,15 +281,36 @@ class MemadviseOptimizer(Optimizer):
                 f"this optimizer state has its parameters in another order: {name} where this optimizer has {other}",
                 hint="pass the parameters (or groups) in the order that this checkpoint was trained with",
             )
-        for index, (_, resolved) in enumerate(self._in_order()):
-            hint = "make the optimizer with the plan (or options) that this checkpoint was trained with"
-            wanted = canonical_key(resolved.setting)
-            if (key := settings.get(index, wanted)) != wanted:
-                raise OptimizerError(f"{resolved.name} was trained with {key}, this optimizer uses {wanted}", hint=hint)
-            state = state_dict["state"].get(index)
+
+    @staticmethod
+    def _in_form(
+        resolved: Resolved, p: Tensor, key: str | None, state: dict[str, Any], convert: bool
+    ) -> dict[str, Any]:
+        """``state``, which the setting ``key`` made (None: unknown), as that of ``resolved``; it may be empty."""
+        name, wanted = resolved.name, canonical_key(resolved.setting)
+        if key in (None, wanted):
             problem = engine.state_problem(resolved, state) if state else None
-            if problem:
-                raise OptimizerError(f"this is not the state of {resolved.name}: {problem}", hint=hint)
+            if problem is None:
+                return state
+            message = f"this is not the state of {name}: {problem}"
+        elif convert and not state:
+            return {}
+        else:
+            message = f"{name} was trained with {key}, this optimizer uses {wanted}"
+        hint = "make the optimizer with the plan (or options) that this checkpoint was trained with"
+        if key != wanted:
+            way = conversion.find(key or DENSE.key, resolved, p)  # without a setting it can only be torch's AdamW
+            if isinstance(way, str):
+                if convert and key is not None:
+                    message += f", which cannot be made of it: {way}"
+                    hint += f"; {conversion.POSSIBLE}"
+            elif problem := engine.state_problem(way.old, state) if state else None:
+                message = f"this is not the state of {name}: {problem}" if key is not None else message
+            elif convert:
+                return way.run(state)
+            else:
+                hint += f", or let load_state_dict(..., convert=True) convert it: {way.summary}"
+        raise OptimizerError(message, hint=hint)
 
     def _restored(self, resolved: Resolved, p: Tensor, saved: dict[str, Any]) -> dict[str, Tensor]:
         executor = engine.choose_executor(resolved, p, self._executor)

@@ -244,9 +244,9 @@ class ReleasedOptimizer(Optimizer):
         """That of the plain optimizer."""
         return self.optimizer.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, convert: bool = False) -> None:
         """As :meth:`MemadviseOptimizer.load_state_dict`; a new iteration begins."""
-        self.optimizer.load_state_dict(state_dict)
+        self.optimizer.load_state_dict(state_dict, convert=convert)
         self._share()
         self._forget()
         self._stepped.clear()
