@@ -10,7 +10,12 @@ group of a row may be shorter, and a tensor of very short rows is one row. Bytes
 :func:`quantize_weights` replaces parameters of a model by :class:`Int8Weight`, a tensor that says it is float32 (or
 whatever it was), behaves so in the forward and backward pass, and gets an ordinary gradient. An operation makes the
 floats it needs and drops them; autograd keeps the bytes. Every optimizer of memadvise steps such parameters: box by
-box, in float32, rounded back at random (``weights: int8``, which is implied).
+box, in float32, rounded back at random (``weights: int8``, which is implied). Only boxes of rows that are no multiple
+of a group, seen as one flat vector (MicroAdam), cannot be kept small.
+
+State dicts hold Int8Weights; ``torch.load(weights_only=True)`` reads them once this module is imported. To resume, make
+the weights int8 first (here, or by ``create_optimizer``) and then load: bytes go into bytes as they are. Floats load
+too, rounded to the nearest, and into a model of floats go the floats that the bytes stand for.
 
 Deviations from the official code, and why:
 
