@@ -10,7 +10,8 @@ parameter is their upper part, rounded to the nearest, the correction what is le
 
 Nothing is multiplied or divided, so that nothing overflows, or depends on how a device treats subnormal numbers;
 splitting and joining is exact, weights that do not move keep their bits, and a bfloat16 parameter with 16 bits is a
-float32 weight to the bit. The error of 8 bits, rounded to nearest, is at most ulp / 512 (the paper's: ulp / 508).
+float32 weight to the bit. The error of 8 bits, rounded to nearest, is at most ulp / 512 (the paper's: ulp / 508), and
+ulp / 496 for subnormal float16 weights, below 6e-5, which are multiples of 2^-37 here.
 
 8 bits are rounded at random: to the nearest, an update below that error is lost at every step (1000 updates of -1e-4 to
 a weight of 1 end at 0.893, of +1e-5 at 1). Weights that are inf or NaN, or too large for the parameter's dtype, are inf

@@ -48,7 +48,7 @@ class Counter:
         """The count below each range of the upper 16 bits (as a signed number, from the lowest), and the boundaries."""
         upper = torch.arange(-_RANGES // 2, _RANGES // 2, dtype=torch.int32) << 16
         lowest = torch.where(upper < 0, upper | 0xFFFF, upper).view(torch.float32)
-        boundaries = torch.tensor([*self.boundaries, float("inf")])
+        boundaries = torch.tensor([*self.boundaries, float("nan")])  # beyond the last: above everything
         below = torch.bucketize(lowest, boundaries[:-1], right=True)
         below[lowest.isnan()] = 0
         return below.to(torch.uint8).to(device), boundaries.to(device)
