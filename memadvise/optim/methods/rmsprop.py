@@ -12,7 +12,7 @@ a gradient with NaN does. 0-D, 1-D and one-sided tensors are dense.
 State: for ``[M, N]``, 4 M N bytes dense, 4 a kept entry with mean, 4 (M + N) factored, 4 + 4 k (M + N) with lowrank;
 4 M N more with momentum. b1 is not used.
 Defaults are torch's: lr 1e-2, alpha 0.99 (betas (0.9, 0.99)), eps 1e-8, weight decay 0; rank a quarter of the smaller
-side as in Adapprox, by 3 power iterations (no fewer sort the columns well, more gain nothing).
+side as in Adapprox, by 2 power iterations from the last factors (as good as Adapprox's 5 from random ones).
 
 Deviations from torch: weight decay is decoupled, not added to the gradient; no ``centered``; state in float32.
 """

@@ -117,7 +117,7 @@ class Ranks:
     rank: int
     init: int = 1
     minimum: int = 1
-    iterations: int = 3
+    iterations: int = 5
     oversampling: int = 0
     truncation: str = "columns"
     warm: bool = False

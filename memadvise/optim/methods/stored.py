@@ -51,18 +51,20 @@ def is_matrix(shape: Shape) -> bool:
 
 
 def resolve_rank(rank: Any, shape: Shape) -> int:
-    """Columns for ``rank``: a number of them, a share of the smaller side, or None for a quarter of it."""
+    """Columns for ``rank``: a number of them, a share of the smaller side, "full", or None for a quarter of it."""
     small = min(shape[-2:])
     if is_int(rank):
         return min(int(rank), small)
-    return max(int((RANK_SHARE if rank is None else rank) * small), 1)
+    share = {None: RANK_SHARE, "full": 1.0}.get(rank, rank)
+    return max(int(share * small), 1)
 
 
 def check_rank(rank: Any) -> None:
-    """Raises OptionProblem for what is neither a positive int nor a share in (0, 1]."""
-    if rank is None or (is_int(rank) and rank > 0) or (isinstance(rank, float) and 0 < rank <= 1):
+    """Raises OptionProblem for what is neither a positive int, a share in (0, 1), "full" nor None."""
+    # not 1.0: it is equal to 1, and whatever remembers by options would take one for the other
+    if rank in (None, "full") or (is_int(rank) and rank > 0) or (isinstance(rank, float) and 0 < rank < 1):
         return
-    hint = "a positive integer, or a share of the smaller side such as 0.25"
+    hint = "a positive integer, a share of the smaller side such as 0.25, or full"
     raise OptionProblem("rank", f"rank should be a number of columns or a share of them, found {rank!r}", hint)
 
 
@@ -82,7 +84,7 @@ class StoreOptions(Options):
 
     store: str = "dense"
     axes: tuple[int, ...] | None = None
-    rank: int | float | None = None
+    rank: int | float | str | None = None
 
     def __post_init__(self) -> None:
         if self.store not in KINDS:
@@ -101,7 +103,7 @@ class StoreOptions(Options):
 STORE_HELP: dict[str, str] = {
     "store": f"how the second moment of matrices is held: {', '.join(KINDS)}",
     "axes": "store: mean: the axes averaged, [1] unless given",
-    "rank": "store: lowrank: columns of the factors, or their share of the smaller side; 0.25 unless given",
+    "rank": "store: lowrank: columns of the factors, their share of the smaller side, or full; 0.25 unless given",
 }
 
 
@@ -125,7 +127,7 @@ class StoredMethod(Method):
             return DenseStore(shape)
         if options.store == "factored":
             return FactoredStore(shape)
-        return LowRankStore(shape, Ranks(resolve_rank(options.rank, shape)))
+        return LowRankStore(shape, Ranks(resolve_rank(options.rank, shape), iterations=2, warm=True))
 
     def check(self, shape: Shape, options: Any) -> None:
         if options.store == "mean" and len(shape) >= 2:

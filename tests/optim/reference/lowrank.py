@@ -29,6 +29,12 @@ def compressible(shape: Sequence[int]) -> bool:
     return len(shape) > 1 and min(matrices(shape)[1:]) > 1
 
 
+def largest_rank(rank: int | float | str | None, small: int) -> int:
+    if rank == "full":
+        return small
+    return rank if isinstance(rank, int) else max(int(float(rank or 0.25) * small), 1)
+
+
 def orthonormal(y: Tensor) -> Tensor:
     columns: list[Tensor] = []
     for j in range(y.shape[1]):
@@ -65,8 +71,7 @@ class Factors:
     def __init__(self, shape: Sequence[int], options: dict[str, Any], default_iterations: int) -> None:
         self.count, self.rows, self.columns = matrices(shape)
         small = min(self.rows, self.columns)
-        rank = options.get("rank")
-        self.largest = rank if isinstance(rank, int) else max(int((rank or 0.25) * small), 1)
+        self.largest = largest_rank(options.get("rank"), small)
         self.least = min(options.get("rank_min", 1), self.largest)
         self.first = min(options.get("rank_init") or self.least, self.largest)
         self.every = options.get("adapt_every", 0)
@@ -171,8 +176,7 @@ def is_dense(shape: Sequence[int], options: dict[str, Any]) -> bool:
     if not compressible(shape) or store == "dense":
         return True
     _, rows, columns = matrices(shape)
-    rank = options.get("rank")
-    largest = rank if isinstance(rank, int) else max(int((rank or 0.25) * min(rows, columns)), 1)
+    largest = largest_rank(options.get("rank"), min(rows, columns))
     pays = largest * (rows + columns) < rows * columns and min(rows, columns) >= 2 * options.get("rank_min", 1)
     return store == "auto" and not pays
 
@@ -196,7 +200,7 @@ def estimator(shape: Sequence[int], options: dict[str, Any], decay: float, weigh
     if len(shape) < 2 or (store in ("factored", "lowrank") and not compressible(shape)):
         store = "dense"
     if store == "lowrank":
-        factors = Factors(shape, options, 3)
+        factors = Factors(shape, {**options, "warm_start": True}, 2)
 
         def lowrank(g: Tensor, step: int) -> Tensor:
             g = g.reshape(matrices(shape))
@@ -280,4 +284,4 @@ def stored_bytes(shape: Sequence[int], options: dict[str, Any]) -> int:
     count, rows, columns = matrices(shape)
     if store == "factored":
         return buffer + 4 * count * (rows + columns)
-    return buffer + 4 + 4 * Factors(shape, options, 3).largest * count * (rows + columns)
+    return buffer + 4 + 4 * Factors(shape, options, 2).largest * count * (rows + columns)
