@@ -89,7 +89,26 @@ def methods(dtype: torch.dtype, width: int = WIDTH) -> dict[str, MakeOptimizer]:
         "lion": Setting("lion"),
         "sgd momentum 0.9": Setting("sgd", {"momentum": 0.9}),
         "sgd momentum 0": Setting("sgd", {"momentum": 0.0}),
-    }
+        "adafactor": Setting("adafactor"),
+        "came": Setting("came"),
+        "adapprox rank 4": Setting("adapprox", {"rank": 4, "adapt_every": 0}),
+        "micro_adam": Setting("micro_adam"),
+        "apollo_mini": Setting("apollo_mini"),
+        "apollo gaussian": Setting("apollo", {"rank": width // 4}),
+        "apollo sketch": Setting("apollo", {"rank": width // 4, "projection": "sketch"}),
+        "galore (no refresh)": Setting("galore", {"rank": width // 4}),
+        "rmsprop": Setting("rmsprop"),
+        "rmsprop factored": Setting("rmsprop", {"store": "factored"}),
+        "adagrad": Setting("adagrad"),
+        "adamw cautious": Setting("adamw", {"cautious": True}),
+        "adamw dynamic8": Setting("adamw", {"first_moment": "dynamic8", "second_moment": "dynamic8"}),
+        "adamw int8": Setting("adamw", {"first_moment": "int8", "second_moment": "int8"}),
+        "adamw int4": Setting("adamw", {"first_moment": "int4", "second_moment": "int4"}),
+        "adamw bf16": Setting("adamw", {"first_moment": "bf16", "second_moment": "bf16"}),
+        "slimadam [1] + int8": Setting("slimadam", {"axes": [1], "first_moment": "int8"}),
+        **({name: Setting("adamw", {"weights": name}) for name in ("stochastic", "ecc8")}
+           if dtype is torch.bfloat16 else {}),
+    }  # fmt: skip
     return {
         "torch AdamW fused (against itself)": partial(_torch, fused=True),
         "torch AdamW for-loop": partial(_torch, foreach=False),
