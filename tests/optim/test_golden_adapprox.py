@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from cases.adapprox import CASE
+from reference import lowrank
 from test_executors import transient_bytes
 from torch import Tensor, nn
 
@@ -212,6 +214,14 @@ def test_a7_the_rank_stops_where_it_should(increment: Any) -> None:
         assert k == 20 or noise == 0  # exactly rank 7 may have no error left to see
     _, _, k = adapted(torch.rand(60, 40, generator=g), Ranks(20, every=10, threshold=0.0, increment=rule))
     assert k == 20
+
+
+@pytest.mark.parametrize("setting", CASE.settings, ids=lambda setting: setting.key)
+def test_twenty_steps_in_float32_are_those_of_the_slow_dense_reference(setting: Setting) -> None:
+    start, grads = START[:24, :16].float(), [g.float() for g in stream((24, 16), 20)]
+    ours = follow(start, grads, **setting.options)[-1]
+    expected = lowrank.adapprox(start, grads, 1e-3, (0.9, 0.999), 1e-8, 0.1, setting.options)[-1]
+    assert (ours - expected).norm() / expected.norm() < 1e-6
 
 
 # ---------------------------------------------------------------- what else S-RSI and AS-RSI must do

@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 from memadvise.optim import noise
-from memadvise.optim.method import Shape, device_type, read
+from memadvise.optim.method import Shape, read
 
-_CPU_NOISE, _CUDA_NOISE = 2**15, 2**22  # random numbers made at a time; about 48 bytes of temporaries each
+_NOISE = 2**16  # random numbers made at a time; at most 48 bytes of temporaries each
 _PIECES = 8  # in which float64 copies are made
 
 
@@ -162,9 +162,8 @@ def start(key: int, shape: Shape, columns: int, like: Tensor, warm: Tensor | Non
     """
     *lead, _, inputs = shape
     flat = like.new_empty(columns * math.prod(lead) * inputs)
-    chunk = _CUDA_NOISE if device_type(like) == "cuda" else _CPU_NOISE
-    for first in range(0, flat.numel(), chunk):
-        part = flat[first : first + chunk]
+    for first in range(0, flat.numel(), _NOISE):
+        part = flat[first : first + _NOISE]
         part.copy_(noise.gaussian(key, first, part.numel(), like.device))
     u = flat.view(columns, *lead, inputs).movedim(0, -1)
     if warm is not None and warm.shape[-1]:
@@ -177,10 +176,9 @@ def start(key: int, shape: Shape, columns: int, like: Tensor, warm: Tensor | Non
 def iterate(a: Operator, u: Tensor, rank: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """S-RSI from the start ``u``, which it uses up: ``Q [*lead, M, rank]``, orthonormal, and ``U [*lead, N, rank]``."""
     for _ in range(ranks.iterations):
-        rows = a.times(_scale_(u))
+        q = a.times(_scale_(u))
         del u
-        q = torch.linalg.qr(rows).Q
-        del rows
+        q = torch.linalg.qr(q).Q
         u = a.transposed(q)
     if ranks.truncation == "svd":
         # an SVD of NaN would raise; such factors are refused by whoever asked, not here
@@ -263,7 +261,7 @@ def scratch_elements(shape: Shape, ranks: Ranks) -> int:
     """Upper bound of the factor-sized values that live at once in a step with these factors (see the tests)."""
     *lead, rows, inputs = shape
     wide = ranks.columns(ranks.rank, shape)
-    noise_values = 12 * min(_CPU_NOISE, wide * inputs * math.prod(lead))
+    noise_values = 12 * min(_NOISE, wide * inputs * math.prod(lead))
     products = 2 * (rows + inputs) + min(rows, inputs)  # two pairs of factors, and a product of one box
     return math.prod(lead) * (wide * products + 3 * wide * wide) + noise_values
 
