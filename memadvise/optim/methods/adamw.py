@@ -62,6 +62,7 @@ class AdamW(Method):
         else:
             u = m / (v.sqrt() / small["bias2_sqrt"] + h.eps)
         if ctx.coded and (bound := update_bound(h.beta1, h.beta2)) < math.inf:
+            bound *= 1 - h.beta1**ctx.step  # step_size divides by this
             u.clamp_(-bound, bound)
         return u * small["step_size"], {"exp_avg": m, "exp_avg_sq": v}
 
