@@ -35,8 +35,16 @@ from memadvise.optim.registry import problems_of
 from memadvise.plan.schema import Plan, Rule, Setting
 
 SETTINGS = [(case, setting) for case, setting in all_settings() if "weights" not in setting.options]
+COMPOSED = [
+    Setting("adamw", {"first_moment": "int8", "second_moment": "int8"}),
+    Setting("slimadam", {"axes": [1], "first_moment": "int4", "cautious": True}),
+    Setting("lion", {"cautious": True, "cautious_decay": True}),
+]
+CASES = {case.method: case for case, _ in SETTINGS}
 every_setting = pytest.mark.parametrize(
-    ("case", "setting"), SETTINGS, ids=lambda x: x.key if isinstance(x, Setting) else None
+    ("case", "setting"),
+    SETTINGS + [(CASES[s.method], s) for s in COMPOSED],
+    ids=lambda x: x.key if isinstance(x, Setting) else None,
 )
 FIRST = [(case, setting) for case, setting in SETTINGS if setting in case.settings[:1]]
 every_method = pytest.mark.parametrize(("case", "setting"), FIRST, ids=[setting.key for _, setting in FIRST])
