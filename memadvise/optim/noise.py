@@ -46,10 +46,14 @@ def uniform(key: int, start: int, count: int, device: torch.device | str) -> Ten
 
 
 def gaussian(key: int, start: int, count: int, device: torch.device | str) -> Tensor:
-    """``count`` standard normal float32 numbers (Box and Muller)."""
-    radius = uniform(key, start, count, device).neg_().add_(1.0).log_().mul_(-2.0).sqrt_()
-    angle = uniform(key ^ 0x5851F42D4C957F2D, start, count, device).mul_(2.0 * math.pi)
-    return radius.mul_(angle.cos_())
+    """``count`` standard normal float32 numbers (Box and Muller).
+
+    In float64 and rounded: the last bits of a float32 logarithm are not the same on every device, nor at every place
+    of a vector.
+    """
+    radius = uniform(key, start, count, device).to(torch.float64).neg_().add_(1.0).log_().mul_(-2.0).sqrt_()
+    angle = uniform(key ^ 0x5851F42D4C957F2D, start, count, device).to(torch.float64).mul_(2.0 * math.pi)
+    return radius.mul_(angle.cos_()).to(torch.float32)
 
 
 def signs(key: int, start: int, count: int, device: torch.device | str) -> Tensor:
