@@ -23,6 +23,7 @@ from memadvise.optim.executors.work import (
     agreement,
     aligned,
     caution_scale,
+    coded_factor_bytes,
     composed_bytes,
     granule,
     moved,
@@ -54,6 +55,7 @@ def scratch_bytes(recipe: Recipe, kind: str) -> int:
     part = max((math.prod(shape) for shape in cuts.shapes), default=0)
     method, view = recipe.method, recipe.view
     factors = method.scratch_bytes(cuts.shapes[0] if local and cuts.shapes else view, recipe.options)
+    factors += coded_factor_bytes(recipe)
     if _kernel(recipe) is not None:
         return _buffers(recipe.dtype) * part * itemsize + factors
     return ((_buffers(recipe.dtype) + 6) * itemsize + composed_bytes(recipe)) * part + factors

@@ -5,7 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from memadvise.optim.executors.work import CodedParts, Cuts, Work, agreement, caution_scale, composed_bytes, moved, store
+from memadvise.optim.executors.cuts import Cuts
+from memadvise.optim.executors.work import (
+    CodedParts,
+    Work,
+    agreement,
+    caution_scale,
+    coded_factor_bytes,
+    composed_bytes,
+    moved,
+    store,
+)
 from memadvise.optim.method import Hyper, Part, Round, Shape, Tensors, compute_dtype
 from memadvise.optim.recipe import Recipe
 from memadvise.optim.weights import Nearest
@@ -53,4 +63,5 @@ def scratch_bytes(recipe: Recipe) -> int:
     """An upper bound of the temporaries of one step: copies of p and g, and those of the expressions of a method."""
     numel = math.prod(recipe.view)
     temporaries = 8 * compute_dtype(recipe.dtype).itemsize + composed_bytes(recipe)
-    return temporaries * numel + recipe.method.scratch_bytes(recipe.view, recipe.options)
+    factors = recipe.method.scratch_bytes(recipe.view, recipe.options) + coded_factor_bytes(recipe)
+    return temporaries * numel + factors

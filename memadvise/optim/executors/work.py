@@ -1,4 +1,4 @@
-"""What executors share: one parameter's work in a step, boxes that cut it in pieces of bounded size, coded state."""
+"""What executors share: one parameter's work in a step, its coded state, and the move itself."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from torch import Tensor
 
 from memadvise.optim import noise
 from memadvise.optim.codecs.codec import Rows
-from memadvise.optim.method import Box, Context, Hyper, Runs, Shape, Tensors, broadcast_part, compute_dtype
+from memadvise.optim.executors.cuts import Cuts
+from memadvise.optim.method import Context, Hyper, Shape, Tensors, compute_dtype
 from memadvise.optim.recipe import CORRECTION, Coded, Recipe
 from memadvise.optim.weights import WeightPart
+
+_CODED_AT_ONCE = 128 * 1024  # elements of a factor-sized moment that are decoded or encoded at once
 
 
 @dataclass
@@ -44,10 +47,17 @@ class Work:
         coded = self.recipe.coded.get(name)
         if coded is None:
             return self.state[name]
-        stored = {suffix: self.state[held] for suffix, held in coded.names.items()}
-        decoded = coded.codec.decode(stored, coded.rows.length, signed=coded.signed)
         spec = self.recipe.logical[name]
-        return decoded.view(spec.shape).to(spec.dtype)
+        decoded = torch.empty(spec.shape, dtype=spec.dtype, device=self.p.device)
+        rows = decoded.view(coded.rows.count, coded.rows.length)
+        for first, last, start, stop in pieces(coded):  # decoding takes several times what is decoded
+            stored = self._stored(coded, first, last, start, stop)
+            rows[first:last, start:stop].copy_(coded.codec.decode(stored, stop - start, signed=coded.signed))
+        return decoded
+
+    def _stored(self, coded: Coded, *piece: int) -> Tensors:
+        """Views of what is held for a piece of a coded tensor."""
+        return {suffix: coded.codec.part(suffix, self.state[held], *piece) for suffix, held in coded.names.items()}
 
     def store_factors(self, new: Tensors) -> None:
         """Write new factor-sized state, encoded where it is held so."""
@@ -55,8 +65,11 @@ class Work:
             coded = self.recipe.coded.get(name)
             if coded is None:
                 store(self.state[name], value)
-            else:
-                encode(self, name, coded, value.reshape(coded.rows.count, coded.rows.length), 0, None)
+                continue
+            rows = value.reshape(coded.rows.count, coded.rows.length)
+            for first, last, start, stop in pieces(coded):
+                targets = self._stored(coded, first, last, start, stop)
+                encode(self, name, coded, rows[first:last, start:stop], first * coded.rows.length + start, targets)
 
     def weight_parts(self, cuts: Cuts) -> Sequence[WeightPart]:
         extra = {n.removeprefix(CORRECTION): t for n, t in self.state.items() if n.startswith(CORRECTION)}
@@ -76,8 +89,31 @@ def composed_bytes(recipe: Recipe) -> int:
     compose, itemsize = recipe.compose, compute_dtype(recipe.dtype).itemsize
     caution = 6 * itemsize if compose.cautious or compose.cautious_decay else 0
     form = 40 if compose.weights != "nearest" else 0
-    decoded = sum(itemsize + (4 if itemsize > 4 else 0) for _ in recipe.coded)
-    return decoded + max([caution, form, *(coded.codec.scratch() for coded in recipe.coded.values())])
+    moments = [recipe.coded[name] for name in recipe.elementwise if name in recipe.coded]
+    decoded = sum(itemsize + (4 if itemsize > 4 else 0) for _ in moments)
+    return decoded + max([caution, form, *(coded.codec.scratch() for coded in moments)])
+
+
+def pieces(coded: Coded) -> Iterator[tuple[int, int, int, int]]:
+    """A coded tensor in pieces of bounded size: first and last row, and first and last element of these rows. They are
+    whole rows, or whole blocks of one that is too long.
+    """
+    count, length, block = coded.rows.count, coded.rows.length, max(coded.codec.block, 1)
+    step = max(_CODED_AT_ONCE // max(length, 1), 1)
+    width = length if length <= _CODED_AT_ONCE else max(_CODED_AT_ONCE // block, 1) * block
+    for first in range(0, count, step):
+        for start in range(0, length, width):
+            yield first, min(first + step, count), start, min(start + width, length)
+
+
+def coded_factor_bytes(recipe: Recipe) -> int:
+    """Bytes that a step allocates for factor-sized moments held in fewer bits, at most: all of them decoded, and one
+    piece encoded.
+    """
+    itemsize, factors = compute_dtype(recipe.dtype).itemsize, [recipe.coded.get(name) for name in recipe.factors]
+    sizes = [(coded, coded.rows.count * coded.rows.length) for coded in factors if coded is not None]
+    piece = max((min(size, _CODED_AT_ONCE) * (coded.codec.scratch() + itemsize) for coded, size in sizes), default=0)
+    return itemsize * sum(size for _, size in sizes) + piece
 
 
 def store(target: Tensor, value: Tensor) -> None:
@@ -88,16 +124,15 @@ def store(target: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 
-def encode(work: Work, name: str, coded: Coded, values: Tensor, start: int, targets: Tensors | None) -> None:
-    """Encode ``values`` ([rows, length]; ``start``: the number of its first element) into ``targets``, or the state."""
+def encode(work: Work, name: str, coded: Coded, values: Tensor, start: int, targets: Tensors) -> None:
+    """Encode ``values`` ([rows, length]; ``start``: the number of its first element) into ``targets``."""
     values = values.to(torch.float32)
     uniform = None
     if work.recipe.compose.rounding == "stochastic":
         key = noise.key_of(work.key, name, work.step)
         uniform = noise.uniform(key, start, values.numel(), values.device).view(values.shape)
     for suffix, codes in coded.codec.encode(values, uniform, signed=coded.signed).items():
-        target = work.state[coded.names[suffix]] if targets is None else targets[suffix]
-        target.copy_(codes)
+        targets[suffix].copy_(codes)
 
 
 class CodedParts:
@@ -146,65 +181,6 @@ def aligned(rows: Rows, block: int, cuts: Cuts) -> bool:
         if not inside or (block and start % length % block) or (block and stop % length and stop % length % block):
             return False
     return True
-
-
-def boxes(shape: Shape, limit: int, whole: int = 0, granule: int = 1) -> Iterator[Box]:
-    """Cut ``shape`` in boxes of at most ``limit`` elements: chunks of rows, or parts of a row that is too large.
-
-    The last ``whole`` axes are never cut, the first only at multiples of ``granule``, and no other if that is above 1:
-    boxes are larger than ``limit`` where they must. Every box is a run of neighbours in row-major order.
-    """
-    if math.prod(shape) <= limit or len(shape) <= whole:
-        yield tuple(slice(0, size) for size in shape)
-        return
-    inner = math.prod(shape[1:])
-    if inner <= limit or len(shape) - 1 <= whole or granule > 1:
-        rows = max(limit // (inner * granule), 1) * granule
-        rest = tuple(slice(0, size) for size in shape[1:])
-        for start in range(0, shape[0], rows):
-            yield (slice(start, min(start + rows, shape[0])), *rest)
-        return
-    for index in range(shape[0]):
-        for part in boxes(shape[1:], limit, whole):
-            yield (slice(index, index + 1), *part)
-
-
-def box_shape(box: Box) -> Shape:
-    """The shape of the part that ``box`` cuts out."""
-    return tuple(part.stop - part.start for part in box)
-
-
-class Cuts:
-    """The boxes of a shape, and how tensors of that shape, or that broadcast against it, are cut by them."""
-
-    def __init__(self, shape: Shape, limit: int, whole: int = 0, granule: int = 1) -> None:
-        self.shape = shape
-        self.boxes = list(boxes(shape, limit, whole, granule))
-        self.shapes = [box_shape(box) for box in self.boxes]
-        strides = [math.prod(shape[a + 1 :]) for a in range(len(shape))]
-        self.starts = [sum(part.start * s for part, s in zip(box, strides, strict=True)) for box in self.boxes]
-        by_rows = bool(shape) and all(cut[1:] == shape[1:] for cut in self.shapes)
-        self._rows = self.shapes[0][0] if by_rows else None
-
-    def parts(self, tensor: Tensor) -> Sequence[Tensor]:
-        """One view of ``tensor`` for each box: whole along axes of size 1, and whole if it has other axes at all."""
-        if len(self.boxes) == 1 or tensor.ndim != len(self.shape):
-            return [tensor] * len(self.boxes)
-        if self._rows is not None:  # one call for all chunks of rows
-            return [tensor] * len(self.boxes) if tensor.shape[0] == 1 else tensor.split(self._rows)
-        return [broadcast_part(tensor, box) for box in self.boxes]
-
-    def runs(self, tensor: Tensor, runs: Runs) -> Sequence[Tensor]:
-        """One view of ``tensor`` for each box, of what it holds for the runs in it."""
-        if len(self.boxes) == 1:
-            return [tensor]
-        parts = []
-        for box in self.boxes:
-            first = box[0].start // runs.length * runs.entries
-            last = box[0].stop // runs.length * runs.entries
-            last = tensor.shape[runs.axis] if box[0].stop == self.shape[0] else last
-            parts.append(tensor.narrow(runs.axis, first, last - first))
-        return parts
 
 
 # ---------------------------------------------------------------- caution and the move itself
