@@ -15,10 +15,10 @@ from memadvise.plan.schema import Setting
 
 
 def given(options: dict[str, Any], name: str) -> dict[str, Any]:
-    """``options`` without those that are None or at the method's default: the shortest setting that means the same."""
+    """``options`` without those at the method's default: the shortest setting that means the same."""
     defaults = method_info(name).defaults
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
-    return {k: v for i, (k, v) in enumerate(plain.items()) if v is not None and (i == 0 or options[k] != defaults[k])}
+    return {k: v for i, (k, v) in enumerate(plain.items()) if options[k] != defaults[k] or (i == 0 and v is not None)}
 
 
 class PlainOptimizer(MemadviseOptimizer):
