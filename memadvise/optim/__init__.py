@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from memadvise.optim.classes.first_order import SGD, Lion
     from memadvise.optim.classes.lowrank import Adagrad, Adapprox, RMSprop
     from memadvise.optim.classes.micro import MicroAdam
+    from memadvise.optim.classes.projected import APOLLO, APOLLOMini, GaLore
     from memadvise.optim.create import bind_plan, create_optimizer
     from memadvise.optim.int8_weights import Int8Weight, dequantize_weights, quantize_weights
     from memadvise.optim.optimizer import MemadviseOptimizer
 
 _LAZY = {
+    "APOLLO": "classes.projected",
+    "APOLLOMini": "classes.projected",
     "Adafactor": "classes.factored",
     "CAME": "classes.factored",
     "AdamMini": "classes.adam",
@@ -28,6 +31,7 @@ _LAZY = {
     "AdamW8bit": "classes.adam",
     "Adagrad": "classes.lowrank",
     "Adapprox": "classes.lowrank",
+    "GaLore": "classes.projected",
     "Lion": "classes.first_order",
     "RMSprop": "classes.lowrank",
     "SGD": "classes.first_order",
@@ -42,8 +46,10 @@ _LAZY = {
 }
 
 __all__ = [
+    "APOLLO",
     "CAME",
     "SGD",
+    "APOLLOMini",
     "Adafactor",
     "Adagrad",
     "AdamMini",
@@ -51,6 +57,7 @@ __all__ = [
     "AdamW4bit",
     "AdamW8bit",
     "Adapprox",
+    "GaLore",
     "Int8Weight",
     "Lion",
     "MemadviseOptimizer",

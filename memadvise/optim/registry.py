@@ -21,7 +21,10 @@ from memadvise.optim.methods.adagrad import Adagrad
 from memadvise.optim.methods.adam_mini import AdamMini
 from memadvise.optim.methods.adamw import AdamW
 from memadvise.optim.methods.adapprox import Adapprox
+from memadvise.optim.methods.apollo import Apollo
+from memadvise.optim.methods.apollo_mini import ApolloMini
 from memadvise.optim.methods.came import CAME
+from memadvise.optim.methods.galore import GaLore
 from memadvise.optim.methods.lion import Lion
 from memadvise.optim.methods.micro_adam import MicroAdam
 from memadvise.optim.methods.rmsprop import RMSprop
@@ -73,6 +76,9 @@ _METHODS: tuple[Method, ...] = (
     Adapprox(),
     RMSprop(),
     Adagrad(),
+    Apollo(),
+    ApolloMini(),
+    GaLore(),
 )
 METHODS: tuple[MethodInfo, ...] = tuple(_info(method) for method in _METHODS)
 _BY_NAME = {info.name: info for info in METHODS}

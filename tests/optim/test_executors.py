@@ -271,7 +271,7 @@ def test_a_step_allocates_no_more_than_its_scratch(case: Case, setting: Setting,
     measured = transient_bytes(optimizer)
     assert measured <= record.scratch_bytes + 4096  # 0-dim scalars of the step
     assert measured < 4 * 2**20 < rows * columns * 4
-    if record.executor == "chunked":
+    if record.executor == "chunked" and not case.rare_scratch:
         assert record.scratch_bytes < 3 * max(measured, 1)  # an upper bound, not a guess far above
 
     oracle = MemadviseOptimizer([("p", p)], setting, lr=case.lr, weight_decay=0.1, executor="eager")

@@ -54,12 +54,29 @@ def _sgd(p: Tensor, g: Tensor, state: Tensors, small: Tensors, h: Hyper, options
     p.sub_(temp)
 
 
+def _apollo(p: Tensor, g: Tensor, state: Tensors, small: Tensors, h: Hyper, options: Any, temp: Tensor) -> None:
+    if "scale" not in small:  # nothing to project
+        return _adamw(p, g, state, small, h, options, temp)
+    _decay(p, h)
+    p.addcmul_(g, small["scale"], value=-1)
+
+
+def _galore(p: Tensor, g: Tensor, state: Tensors, small: Tensors, h: Hyper, options: Any, temp: Tensor) -> None:
+    if "left" not in small:
+        return _adamw(p, g, state, small, h, options, temp)
+    _decay(p, h)
+    p.sub_(torch.matmul(small["left"], small["right"].mT, out=temp))
+
+
 APPLY: dict[str, Apply] = {
     "adamw": _adamw,
     "slimadam": _block_mean,
     "adam_mini": _block_mean,
     "lion": _lion,
     "sgd": _sgd,
+    "apollo": _apollo,
+    "apollo_mini": _apollo,
+    "galore": _galore,
 }
 
 

@@ -35,6 +35,7 @@ class Case:
     scale_invariant: bool | Callable[[dict[str, Any]], bool]  # the options of a setting -> whether
     fused: bool = False
     random: Callable[[dict[str, Any]], bool] = lambda options: False  # draws numbers, by the parameter's name
+    rare_scratch: str = ""  # why some steps need far more scratch than the second one, which is measured
 
 
 def all_cases() -> tuple[Case, ...]:
