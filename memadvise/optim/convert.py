@@ -130,7 +130,7 @@ def _second(v: Tensor, old: Recipe, new: Recipe) -> Tensor:
         v = v.to(torch.float64)
         return after.pool(v.sum(after.axes, keepdim=True) if after.axes else v, shape)
     assert before is not None
-    return before.expand(v).expand(shape).clone()
+    return before.expand(v).expand(shape)
 
 
 def _decoded(recipe: Recipe, name: str, state: Mapping[str, Any]) -> Tensor:

@@ -205,13 +205,17 @@ def test_state_goes_from_either_kind_to_the_other() -> None:
 
 
 def test_load_begins_a_new_iteration_and_can_convert() -> None:
-    model, twin = Toy(), Toy()
-    left, right = released(model), plain(twin, Setting("adamw"))
-    run(twin, right, 1)
+    model, twin, other = Toy(), Toy(), Toy()
+    left, right, source = released(model), plain(twin), plain(other, Setting("adamw"), lr=0.05)
+    run(other, source, 1)
     loss_of(model, 0).backward()
-    left.load_state_dict(right.state_dict(), convert=True)
+    left.load_state_dict(source.state_dict(), convert=True)
     assert all(p.grad is None for p in model.parameters())
+    twin.load_state_dict(model.state_dict())
+    right.load_state_dict(source.state_dict(), convert=True)
     run(model, left, 2)
+    run(twin, right, 2)
+    assert same(weights(model), weights(twin))
 
 
 def test_hooks_of_the_user_run() -> None:
