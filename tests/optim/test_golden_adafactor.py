@@ -191,7 +191,8 @@ def test_options_that_do_not_fit(options: dict[str, Any], words: str) -> None:
         validate(adafactor(**options), (4, 4), name="p")
 
 
-def test_vectors_of_a_model_are_dense_and_named_ones_are_not() -> None:
-    p = nn.Parameter(torch.ones(7))
-    assert [m.setting for m in Adafactor([p]).memory()] == ["adamw"]
-    assert [m.setting for m in MemadviseOptimizer([("p", p)], {"p": adafactor()}, lr=1.0).memory()] == ["adafactor"]
+def test_vectors_and_scalars_keep_v_in_full_and_no_more() -> None:
+    ps = [nn.Parameter(torch.ones(7)), nn.Parameter(torch.tensor(1.0))]
+    assert [(m.setting, m.state_bytes) for m in Adafactor(ps).memory()] == [
+        ("adafactor(step_size=lr)", n) for n in (32, 8)
+    ]

@@ -12,9 +12,7 @@ from memadvise.optim.optimizer import Params
 
 
 class Adafactor(PlainOptimizer):
-    """A factored second moment for matrices; 0-D and 1-D tensors keep dense AdamW state. ``betas`` and ``eps`` are
-    those of that AdamW.
-    """
+    """A factored second moment for matrices, a full one for vectors. ``betas`` and ``eps`` are unused."""
 
     method = "adafactor"
 
@@ -48,9 +46,7 @@ class Adafactor(PlainOptimizer):
 
 
 class CAME(PlainOptimizer):
-    """A factored second moment and instability for matrices; 0-D and 1-D tensors keep dense AdamW state, and ``eps`` is
-    theirs.
-    """
+    """A factored second moment and instability for matrices, a full second moment for vectors. ``eps`` is unused."""
 
     method = "came"
 

@@ -24,9 +24,9 @@ Hugging Face's has all three (``relative_step``, ``scale_parameter``; its ``rela
 alpha wd instead of lr wd, and applies alpha before the average of ``momentum``, so that a learning rate of 0 still
 moves the weights: here alpha multiplies the averaged u, as in AdamW.
 
-State: 4 (rows + columns) bytes a matrix, 4 more a parameter with ``momentum``; 4 for the step. A vector that is set to
-adafactor by name keeps v in full (4 bytes a parameter). Convolutions and stacks: see :mod:`.factored`. ``betas`` and
-``eps`` of the group are not used. Defaults are the paper's: eps1 1e-30, eps2 1e-3, clip 1, no momentum, no decay.
+State: 4 (rows + columns) bytes a matrix, 4 more a parameter with ``momentum``; 4 for the step. Vectors and scalars keep
+v in full (4 bytes a parameter). Convolutions and stacks: see :mod:`.factored`. ``betas`` and ``eps`` of the group are
+not used. Defaults are the paper's: eps1 1e-30, eps2 1e-3, clip 1, no momentum, no decay.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
     S from row and column means of (u - m)^2 + eps2, with b3       (the instability, factored like v)
     p <- p (1 - lr wd) - lr m / sqrt(S)                            vectors and scalars: - lr m
 
-State: 4 bytes a parameter for m, 8 (rows + columns) for a matrix, 4 for the step; a vector that is set to came by name
-keeps v in full. Convolutions and stacks of matrices: see :mod:`.factored`.
+State: 4 bytes a parameter for m, 8 (rows + columns) for a matrix, 4 for the step; vectors and scalars keep v in full.
+Convolutions and stacks of matrices: see :mod:`.factored`.
 Defaults are the paper's: betas (0.9, 0.999), beta3 0.9999, eps1 1e-30, eps2 1e-16, clip 1; it advises learning rates
 0.5 to 0.9 times AdamW's. ``eps`` of the group is not used.
 
@@ -17,8 +17,7 @@ S starts at zero and is not corrected for that: a first step is 11 times lr (RMS
 paper's), which makes the first step 0.11 lr and later ones as the paper has them after many steps.
 
 ``compat: official`` does what the official code does: the last two axes of a convolution are factored (a 3x3 window
-keeps most of v), one RMS clips a whole stack or convolution, and vectors are CAME's where one setting is given to a
-whole model, too (ours keep dense AdamW state there). Its state has the parameter's dtype; ours does not.
+keeps most of v), and one RMS clips a whole stack or convolution. Its state has the parameter's dtype; ours does not.
 """
 
 from __future__ import annotations
@@ -94,9 +93,6 @@ class CAME(Factored):
 
     def view(self, shape: Shape, options: CAMEOptions) -> Shape:
         return shape if options.compat else super().view(shape, options)
-
-    def for_vectors(self, options: dict[str, Any]) -> dict[str, Any] | None:
-        return options if options.get("compat") else None
 
     def unit(self, shape: Shape, options: CAMEOptions) -> tuple[int, ...]:
         return tuple(range(len(shape))) if options.compat else super().unit(shape, options)

@@ -75,7 +75,6 @@ def row_scale(rows: Tensor) -> Tensor:
 class Factored(Method):
     """Gives a method ``small["row"]`` and ``small["column"]`` (matrices) and ``small["clip"]``, and their visits."""
 
-    matrix_only = True
     sharded = False
 
     def newest(self, ctx: Context) -> float:
