@@ -333,6 +333,27 @@ def test_golden_no_update_is_larger_than_any_gradients_could_make_it(first: str,
     assert 0.9 < worst <= update_bound(0.9, 0.999) * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("dtype", "form"), FORMS, ids=["fp32", "bf16-ecc8"])
+def test_a_gradient_that_is_not_finite_passes_through(bad: float, dtype: torch.dtype, form: str) -> None:
+    """As in torch the weight is NaN at once, and for ever; with coded moments those of its block are one step later."""
+    setting = Setting("adamw", {**INT8, **({} if form == "nearest" else {"weights": form})})
+    p = nn.Parameter(torch.ones(4, 64, dtype=dtype))
+    optimizer = MemadviseOptimizer([("p", p)], {"p": setting}, lr=1e-2)
+    p.grad = torch.ones_like(p)
+    p.grad[1, 5] = bad
+    optimizer.step()
+    hit = torch.zeros(4, 64, dtype=torch.bool)
+    hit[1, 5] = True
+    assert torch.equal(p.isnan(), hit)
+    p.grad = torch.ones_like(p)
+    hit[1] = True
+    for _ in range(3):
+        optimizer.step()
+        assert torch.equal(p.isnan(), hit)
+        assert p[~hit].isfinite().all()
+
+
 def test_golden_the_bounds_of_updates() -> None:
     for betas, bound in {(0.9, 0.999): 7.270, (0.9, 0.99): 2.345, (0.95, 0.98): 1.257, (0.9, 0.95): 1.165}.items():
         assert update_bound(*betas) == pytest.approx(bound, abs=6e-4)
