@@ -26,9 +26,9 @@ CASE = Case(
     method="galore",
     make=GaLore,
     settings=(
+        Setting("galore", {"rank": 4, "update_every": 9}),
         Setting("galore", {"rank": 3, "update_every": 3}),
         Setting("galore", {"rank": 2, "update_every": 2, "stagger": False, "scale": 1.0}),
-        Setting("galore", {"rank": 4}),
     ),
     reference=galore.run,
     state_bytes=state_bytes,
