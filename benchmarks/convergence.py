@@ -1,6 +1,6 @@
 """Does every optimizer train? Validation loss on examples/gpt_text.py, each at its best of three lr.
 
-    python benchmarks/convergence.py [--steps 200] [--jobs 2] [--only NAME ...] [--quick]
+    python benchmarks/convergence.py [--steps 120] [--jobs 2] [--only NAME ...] [--quick]
 
 One seed, the same batches for all, warm-up over the first tenth, then cosine to a tenth; weight decay 0.01. The grid is
 AdamW's (3e-4, 1e-3, 3e-3) times the method's customary factor. A row is "within" if it ends at most DISTANCE nats
@@ -137,7 +137,7 @@ def rows(outcomes: list[Outcome]) -> list[list[object]]:
 def main() -> int:
     """Run the grid and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="methods, beside adamw")
     parser.add_argument("--quick", action="store_true", help="20 steps, one learning rate, three methods")

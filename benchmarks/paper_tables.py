@@ -83,9 +83,7 @@ def adam_mini(name: str, shape: tuple[int, ...]) -> Setting:
 
 def num_blocks(shapes: Shapes, choose: Choose) -> int:
     """The number of second moments."""
-    return sum(
-        numel({name: state_specs(choose(name, shape), shape)["exp_avg_sq"].shape}) for name, shape in shapes.items()
-    )
+    return kept_second_moments(shapes, choose)
 
 
 # ---------------------------------------------------------------- SlimAdam (2503.01843) on its GPT-2
@@ -162,7 +160,7 @@ def llama_rows() -> list[list[object]]:
 
 def slim_rows() -> list[list[object]]:
     """Rules, kept values, saved."""
-    total = numel({name: shape for name, shape in SLIM.items() if len(shape) > 1})
+    total = numel(SLIM)
     rows: list[list[object]] = []
     for label, choose, published in (
         ("static table", slim_static, "99.88 % (153,472)"), ("measured, cutoff 1", slim_measured, "99.40 % (749,440)"),
@@ -176,8 +174,8 @@ def main() -> None:
     """Print the tables."""
     print("GPT-2, all parameters, float32 state (Adapprox, 2403.14958, abstract and source; vectors keep full state)\n")
     print(table(["model", "method", "MiB", "saved", "published"], gpt2_rows()))
-    print("\nGPT-2 124M of the SlimAdam experiments (2503.01843): second moments kept in matrices;")
-    print("left out: the first moment (as large as AdamW's), norms\n")
+    print("\nGPT-2 124M of the SlimAdam experiments (2503.01843): second moments kept;")
+    print("left out: the first moment, as large as AdamW's\n")
     print(table(["rules", "kept", "saved", "published"], slim_rows()))
     print("\nLlama-2-7B, 6,738,415,616 parameters (Adam-mini 2406.16793, MicroAdam 2405.15593, APOLLO 2412.05270)\n")
     print(table(["method", "state", "published", "left out of the figure"], llama_rows()))

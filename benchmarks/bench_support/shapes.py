@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from memadvise.optim.registry import fitted, state_bytes, state_specs
@@ -33,7 +34,7 @@ def gpt2(width: int, layers: int, *, vocabulary: int = 50257, context: int = 102
 def gpt2_split(width: int = 768, layers: int = 12, *, vocabulary: int = 50304, context: int = 1024) -> Shapes:
     """The SlimAdam experiments' GPT-2: q, k and v apart, ``[out, in]``, no biases, vocabulary padded to 50304.
 
-    124,373,760 parameters in matrices.
+    124,373,760 parameters.
     """
     shapes: Shapes = {"wte": (vocabulary, width), "wpe": (context, width)}
     for i in range(layers):
@@ -69,13 +70,7 @@ def everywhere(setting: Setting) -> Choose:
 
 def numel(shapes: Shapes) -> int:
     """The number of parameters."""
-    total = 0
-    for shape in shapes.values():
-        count = 1
-        for size in shape:
-            count *= size
-        total += count
-    return total
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def model_bytes(shapes: Shapes, choose: Choose) -> int:
@@ -84,12 +79,5 @@ def model_bytes(shapes: Shapes, choose: Choose) -> int:
 
 
 def kept_second_moments(shapes: Shapes, choose: Choose) -> int:
-    """How many values of the second moment are kept, matrices only."""
-    kept = 0
-    for name, shape in shapes.items():
-        if len(shape) > 1:
-            count = 1
-            for size in state_specs(choose(name, shape), shape)["exp_avg_sq"].shape:
-                count *= size
-            kept += count
-    return kept
+    """How many values of the second moment are kept."""
+    return numel({name: state_specs(choose(name, shape), shape)["exp_avg_sq"].shape for name, shape in shapes.items()})

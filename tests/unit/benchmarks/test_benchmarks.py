@@ -16,6 +16,7 @@ from torch import nn
 
 from memadvise.memory.session import fake_session
 from memadvise.optim.create import create_optimizer
+from memadvise.optim.registry import list_methods
 from memadvise.plan.schema import Setting, Switches
 from memadvise.target import Target
 
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parents[3]
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import convergence  # noqa: E402
 import estimate_accuracy  # noqa: E402
 import step_time  # noqa: E402
 import trace_scale  # noqa: E402
@@ -268,3 +270,27 @@ def test_gpu_tests_are_marked() -> None:
     for file in files:
         body = ast.parse(file.read_text(encoding="utf-8")).body
         assert any(ast.unparse(node) == "pytestmark = pytest.mark.gpu" for node in body), file.name
+
+
+# ---------------------------------------------------------------- convergence
+
+
+def test_the_best_learning_rate_of_each_setting_is_compared_with_adamw() -> None:
+    adamw, lion, sgd = Setting("adamw"), Setting("lion"), Setting("sgd")
+    nan = float("nan")
+    outcomes = [
+        convergence.Outcome(convergence.Run(adamw, 1e-3, 5), 2.5, 8.0),
+        convergence.Outcome(convergence.Run(adamw, 3e-3, 5), nan, nan),
+        convergence.Outcome(convergence.Run(lion, 1e-4, 5), 2.9, 4.0),
+        convergence.Outcome(convergence.Run(lion, 3e-4, 5), 2.6, 4.0),
+        convergence.Outcome(convergence.Run(sgd, 0.1, 5), nan, nan),
+    ]
+    assert convergence.rows(outcomes) == [
+        ["adamw", "1e-03", "2.500", "+0.000", "8.00", "yes"],
+        ["lion", "3e-04", "2.600", "+0.100", "4.00", "yes"],
+        ["sgd", "-", "diverged", "-", "-", "no"],
+    ]
+
+
+def test_the_convergence_table_covers_every_method() -> None:
+    assert {setting.method for setting in convergence.SETTINGS} == set(list_methods())
