@@ -9,8 +9,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-import paper_tables as tables  # noqa: E402
-from bench_support.shapes import kept_second_moments, model_bytes, numel  # noqa: E402
+import paper_tables as tables
+from bench_support.shapes import kept_second_moments, model_bytes, numel
 
 
 def test_the_models_have_the_published_sizes() -> None:
