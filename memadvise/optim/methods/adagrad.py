@@ -9,8 +9,9 @@
 one-sided tensors are dense. With low rank ``|g| / sqrt(v) <= 1`` as with dense, whatever the factors lost.
 
 State: for ``[M, N]``, 4 M N bytes dense, 4 a kept entry with mean, 4 (M + N) factored, 4 + 4 k (M + N) with lowrank.
-Defaults are torch's: lr 1e-2, eps 1e-10, weight decay 0; rank a quarter of the smaller side as in Adapprox, by 2 power
-iterations from the last factors. ``betas`` are not used.
+Defaults are torch's: lr 1e-2, eps 1e-10, weight decay 0; in comparisons 10 times AdamW's learning rate, since the sum
+only grows; rank a quarter of the smaller side as in Adapprox, by 2 power iterations from the last factors. ``betas``
+are not used.
 
 Deviations from torch: weight decay is decoupled, not added to the gradient; no ``lr_decay`` (a scheduler does that) and
 no initial value of the sum; state in float32.
@@ -38,6 +39,7 @@ class Adagrad(StoredMethod):
     default_lr = 1e-2
     default_eps = 1e-10
     default_weight_decay = 0.0
+    lr_factor = 10.0
 
     def mix(self, h: Hyper) -> Mix:
         return Mix(1.0, 1.0)
