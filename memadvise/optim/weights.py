@@ -30,7 +30,7 @@ from memadvise.optim.int8_tensor import Int8Weight
 from memadvise.optim.method import Shape, StateSpec, Tensors, compute_dtype
 
 if TYPE_CHECKING:
-    from memadvise.optim.executors.work import Cuts
+    from memadvise.optim.executors.cuts import Cuts
 
 
 class WeightPart(ABC):
