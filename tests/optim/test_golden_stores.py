@@ -75,7 +75,7 @@ def test_the_defaults_are_torchs() -> None:
         ({"store": "factored"}, lambda g: g.sign() * START.abs()[:, :1] * START.abs()[:1]),  # rank 1
         ({"store": "lowrank", "rank": 1}, lambda g: g.sign() * START.abs()[:, :1] * START.abs()[:1]),
     ],
-    ids=str,
+    ids=["lowrank-full", "mean-1", "mean-0", "factored", "lowrank-1"],
 )
 def test_a_store_is_dense_where_it_can_hold_v(
     method: str, options: dict[str, Any], pattern: Callable[[Tensor], Tensor]
