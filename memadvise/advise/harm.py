@@ -58,7 +58,9 @@ class HarmTable:
             if value is None:
                 doubtful = (not prior) + (member.role in TOKEN_ROLES)
                 total += worst * member.numel * 2.0**doubtful
-        why = next((p.unknown for m in group.members if (p := self._probes.get(m.name)) and p.unknown), "no probe")
+        probed = [probe for member in group.members if (probe := self._probes.get(member.name))]
+        silent = "the probe weighs other second moments only" if probed else "no probe"
+        why = next((probe.unknown for probe in probed if probe.unknown), silent)
         return Harm(total, False, f"not measured ({why}); {'static prior of the papers' if prior else 'no prior'}")
 
     def _snr_text(self, group: Group, setting: Setting) -> str:

@@ -364,11 +364,14 @@ def _explain(scan: Scan, after: MemoryLedger, plan: Plan, budget: int, needed: b
 
 
 def _infeasible(before: MemoryLedger, smallest: MemoryLedger, switches: Switches, budget: int) -> Infeasible:
-    """Name the smallest reachable peak, what dominates it, and the way out."""
+    """Name the smallest peak that the advisor's candidates reach, what dominates it, and the way out."""
     largest = sorted(smallest.by_category.items(), key=lambda item: -item[1])[:3]
     how = [f"checkpointing {', '.join(switches.checkpoint)}"] if switches.checkpoint else []
     how += [f"{switches.micro_batches} micro-batches"] if switches.micro_batches > 1 else []
-    hint = f"raise the budget to {smallest.peak_bytes} bytes or more, use a smaller batch, or a smaller model"
+    hint = (
+        f"raise the budget to {smallest.peak_bytes} bytes or more, use a smaller batch, or state in 8 bits, which the "
+        "advisor does not weigh yet: --pin 'PATTERN=adamw(first_moment=dynamic8, second_moment=dynamic8)'"
+    )
     if before.peak_bytes <= budget:  # its state has the parameters' own, narrower dtype
         hint = (
             f"{before.optimizer} as it stands peaks at {format_bytes(before.peak_bytes)} and fits: train with that, or "
@@ -376,7 +379,8 @@ def _infeasible(before: MemoryLedger, smallest: MemoryLedger, switches: Switches
         )
     return Infeasible(
         f"no plan fits {format_bytes(budget)}: the smallest reachable peak is {format_bytes(smallest.peak_bytes)}"
-        f" ({' and '.join(how) or 'no switch helps'}, every state compressed), in the {smallest.peak_phase} phase,"
-        " dominated by " + ", ".join(f"{name} {format_bytes(size)}" for name, size in largest),
+        f" ({' and '.join(how) or 'no switch helps'}; candidates: adamw, slimadam, adam_mini), in the "
+        f"{smallest.peak_phase} phase, dominated by "
+        + ", ".join(f"{name} {format_bytes(size)}" for name, size in largest),
         hint=hint,
     )

@@ -128,7 +128,7 @@ def parse_pin(text: str) -> tuple[str, Setting]:
     from memadvise.plan.schema import Setting
 
     match = _PIN.fullmatch(text)
-    if match is None:
+    if match is None or text.count("(") != text.count(")"):
         raise UsageError(f"--pin '{text}' cannot be read", hint=_PIN_HINT)
     options: dict[str, Any] = {}
     if match["options"]:

@@ -68,6 +68,8 @@ class Compose:
             raise OptionProblem(
                 "cautious", f"cautious should be true, false or one of {', '.join(CAUTION)}, found {self.cautious!r}"
             )
+        if not self.codecs:  # nothing to round: settings that mean the same are the same
+            object.__setattr__(self, "rounding", "stochastic")
         if self.cautious is True:
             object.__setattr__(self, "cautious", "support")
         if not isinstance(self.cautious_decay, bool):
@@ -97,13 +99,15 @@ class Compose:
 
 PLAIN = Compose()
 NAMES = tuple(f.name for f in fields(Compose))
+_BYTES = "bf16 (2), int8 (1.06, companded), dynamic8 (1.02, as 8-bit Adam), int4 (0.53)"
 HELP: dict[str, str] = {
-    "first_moment": f"{FULL}, or held in fewer bits: {', '.join(CODECS)}",
-    "second_moment": f"{FULL}, or held in fewer bits: {', '.join(CODECS)}",
+    "first_moment": f"{FULL} (4 bytes a value), or {_BYTES}",
+    "second_moment": f"{FULL} (4 bytes a value), or {_BYTES}",
     "rounding": "how codecs round: stochastic or nearest",
     "cautious": "true: drop what disagrees with the gradient's sign; also support (the same), paper, official",
     "cautious_decay": "true: decay weights only where the update shrinks them, too",
-    "weights": f"how weights are written back: {', '.join(FORMS)}",
+    "weights": "nearest; for bfloat16 and float16 stochastic (0 bytes more; bfloat16 only), ecc8 (1), ecc16 (2); int8 "
+    "(weights of 1.02 bytes; see quantize_weights)",
     "seed": "of stochastic rounding and random projections",
 }
 

@@ -28,7 +28,7 @@ def create_optimizer(
     lr: float | Tensor,
     weight_decay: float = 0.0,
     betas: tuple[float, float] | None = None,
-    eps: float = 1e-8,
+    eps: float | None = None,
     executor: str | None = None,
     param_groups: Iterable[Any] | None = None,
 ) -> MemadviseOptimizer:
@@ -43,11 +43,13 @@ def create_optimizer(
             AdamW state where the method is meant for matrices).
         lr: learning rate; a 0-dim tensor works too.
         weight_decay: decoupled, for every parameter; pass ``param_groups`` to exempt some.
-        betas: default (0.9, 0.999), or Lion's (0.9, 0.99) where every parameter uses Lion.
-        eps: as in torch.optim.AdamW.
+        betas: default (0.9, 0.999), or the method's own where every parameter uses the same (Lion: 0.9, 0.99).
+        eps: default 1e-8, or likewise the method's own (APOLLO: 1e-6).
         executor: "eager", "chunked" or "fused"; None chooses.
         param_groups: your own groups of the model's parameters (tensors or named pairs), kept in number and order;
-            default one group with every trainable parameter. Not with parameters that are yet to be held in int8.
+            default one group with every trainable parameter. Methods that want another learning rate (APOLLO, GaLore:
+            about 10 times AdamW's; Lion a tenth) want a group of their own, with its ``lr``. Not with parameters that
+            are yet to be held in int8.
 
     Raises:
         PlanError: every mistake of the plan, at once, with its place in the file.
@@ -55,8 +57,9 @@ def create_optimizer(
     """
     trainable, settings = _bound(model, plan)
     methods = {settings.method} if isinstance(settings, Setting) else {s.method for s in settings.values()}
-    if betas is None:
-        betas = method_info(methods.pop()).method.default_betas if len(methods) == 1 else (0.9, 0.999)
+    method = method_info(methods.pop() if len(methods) == 1 else "adamw").method
+    betas = method.default_betas if betas is None else betas
+    eps = method.default_eps if eps is None else eps
     given = None if param_groups is None else _named_groups(param_groups, trainable)
 
     def make(parameters: Mapping[str, Tensor]) -> MemadviseOptimizer:

@@ -273,3 +273,41 @@ def test_the_second_moment_of_an_expert_stack_and_of_heads() -> None:
     v = torch.rand(2, 3, 5)
     held = approximate_second_moment(Setting("adam_mini", {"partition": "row"}), v)
     torch.testing.assert_close(held, v.mean(2, keepdim=True).expand(2, 3, 5))
+
+
+def test_eps_is_the_methods_own_like_its_betas() -> None:
+    model = nn.Linear(8, 8)
+    assert create_optimizer(model, Setting("apollo"), lr=1e-2).defaults["eps"] == 1e-6
+    assert create_optimizer(model, Setting("apollo"), lr=1e-2, eps=1e-3).defaults["eps"] == 1e-3
+    assert create_optimizer(model, Setting("adamw"), lr=1e-2).defaults["eps"] == 1e-8
+
+
+def test_rounding_without_codes_to_round_means_nothing() -> None:
+    optimizer = create_optimizer(nn.Linear(8, 8), Setting("adamw", {"rounding": "nearest"}), lr=1e-2)
+    plain = create_optimizer(nn.Linear(8, 8), Setting("adamw"), lr=1e-2)
+    plain.load_state_dict(optimizer.state_dict())  # the same setting: nothing to convert
+
+
+def test_the_readmes_plan_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    blocks = [block.split("```")[0] for block in text.split("```yaml\n")[1:]]
+    (block,) = [block for block in blocks if "self_attn" in block]
+    path = tmp_path / "memadvise.yaml"
+    path.write_text(block, encoding="utf-8")
+    layer = nn.ModuleDict(
+        {
+            "self_attn": nn.ModuleDict({name: nn.Linear(32, 32, bias=False) for name in ("q_proj", "k_proj")}),
+            "mlp": nn.ModuleDict({"up_proj": nn.Linear(32, 64, bias=False)}),
+            "norm": nn.LayerNorm(32),
+        }
+    )
+    model = nn.ModuleDict(
+        {"model": nn.ModuleDict({"embed_tokens": nn.Embedding(50, 32), "layers": nn.ModuleList([layer])})}
+    )
+    optimizer = create_optimizer(model, path, lr=1e-3)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    methods = {name: setting.method for name, setting in optimizer.settings().items()}
+    assert methods["model.layers.0.self_attn.q_proj.weight"] == "adapprox"
+    assert methods["model.layers.0.mlp.up_proj.weight"] == "slimadam"

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from memadvise.errors import OptimizerError
-from memadvise.optim.compose import NAMES, Common
+from memadvise.optim.compose import HELP, NAMES, Common
 from memadvise.optim.optimizer import MemadviseOptimizer, Params
 from memadvise.optim.registry import method_info
 from memadvise.plan.schema import Setting
@@ -33,7 +33,13 @@ class PlainOptimizer(MemadviseOptimizer):
 
     def __init_subclass__(cls) -> None:
         module = sys.modules[type(method_info(cls.method).method).__module__]
-        cls.__doc__ = f"{(cls.__doc__ or '').strip()}\n\n{(module.__doc__ or '').strip()}\n"
+        preset = "".join(f", ``{name}`` {value}" for name, value in cls.preset.items())
+        parts = [cls.__doc__ or "", f"Presets{preset}; what follows is the method with full moments." if preset else ""]
+        parts += [
+            module.__doc__ or "",
+            "Options of every method:\n\n" + "\n".join(f"* ``{k}``: {v}" for k, v in HELP.items()),
+        ]
+        cls.__doc__ = "\n\n".join(part.strip() for part in parts if part) + "\n"
 
     def __init__(
         self,
