@@ -30,7 +30,10 @@ _MICRO_BATCHES = (2, 4)
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """How to probe: AdamW steps, steps of each optimizer, AdamW's hyper-parameters, seed, Hessian or not."""
+    """How to probe: AdamW steps, steps of each optimizer, AdamW's hyper-parameters, seed, Hessian or not.
+
+    ``optimizers``: names of the methods that are tried beside AdamW; None: all but the slow ones.
+    """
 
     num_steps: int = 60
     optimizer_steps: int = 20
@@ -39,6 +42,7 @@ class ProbeOptions:
     betas: tuple[float, float] = (0.9, 0.999)
     seed: int = 0
     hessian: bool = True
+    optimizers: tuple[str, ...] | None = None
 
 
 def run_scan(
@@ -123,7 +127,7 @@ def _probe(
         target,
         parameters,
         settings={p.name: candidate_settings(p) for p in parameters if p.trainable},
-        methods=probe_methods(parameters),
+        methods=probe_methods(parameters, probe.optimizers),
         num_steps=probe.num_steps,
         # Who asks for fewer steps wants the answer sooner: no optimizer takes more of them than AdamW.
         optimizer_steps=min(probe.optimizer_steps, probe.num_steps),
@@ -251,8 +255,11 @@ def plan_tracer(scan: Scan) -> tuple[Callable[[Plan], MemoryLedger], tuple[str, 
     return trace, tuple(warnings)
 
 
-def probe_methods(parameters: tuple[Parameter, ...]) -> dict[str, Plan]:
-    """Every bundled optimizer once, applied to the whole model as its paper would apply it."""
+def probe_methods(parameters: tuple[Parameter, ...], names: tuple[str, ...] | None = None) -> dict[str, Plan]:
+    """AdamW and the methods called ``names`` once, applied to the whole model as their papers would apply them.
+
+    None: every bundled method but those whose step takes tens of times AdamW's.
+    """
     trainable = [p for p in parameters if p.trainable]
 
     def uniform(choose: Callable[[Parameter], Setting]) -> Plan:
@@ -276,7 +283,10 @@ def probe_methods(parameters: tuple[Parameter, ...]) -> dict[str, Plan]:
         return choose
 
     special = {"slimadam": static_prior, "adam_mini": adam_mini}
-    return {name: uniform(special.get(name) or defaults(name)) for name in list_methods()}
+    if names is None:
+        names = tuple(name for name in list_methods() if not method_info(name).method.slow)
+    chosen = [name for name in list_methods() if name in ("adamw", *names)]
+    return {name: uniform(special.get(name) or defaults(name)) for name in chosen}
 
 
 def _switch_variants(target: Target, model: nn.Module, batch: Any) -> list[Switches]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from memadvise.cli import common
-from memadvise.errors import UsageError
+from memadvise.errors import OptimizerError, UsageError
 
 
 class Device(StrEnum):
@@ -43,6 +43,10 @@ def scan(
     ] = (0.9, 0.999),
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the probe.")] = 0,
     no_hessian: Annotated[bool, typer.Option("--no-hessian", help="Skip the Hessian's block structure.")] = False,
+    optimizers: Annotated[
+        str,
+        typer.Option("--optimizers", help="Tried beside AdamW: quick (all but the slow ones), all, none, or a,b,c."),
+    ] = "quick",
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="For hf: targets.")] = None,
     seq_len: Annotated[int | None, typer.Option("--seq-len", min=1, help="For hf: targets.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="For hf: targets, such as bfloat16.")] = None,
@@ -70,6 +74,7 @@ def scan(
         betas=betas,
         seed=seed,
         hessian=not no_hessian,
+        optimizers=_optimizers(optimizers),
     )
     with common.interruptible(), common.show_progress() as progress:
         result = run_scan(
@@ -90,6 +95,21 @@ def scan(
     common.note(f"\nWrote {output}")
     scan_flag = "" if str(output) == "memadvise.scan.json" else f" --scan {output}"
     common.note(f"next: memadvise recommend --budget 12GB{scan_flag}")
+
+
+def _optimizers(text: str) -> tuple[str, ...] | None:
+    """The names that ``--optimizers`` asks for; None for the quick ones."""
+    from memadvise.optim.registry import list_methods, method_info
+
+    if text in ("quick", "all", "none"):
+        return {"quick": None, "all": list_methods(), "none": ()}[text]
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        try:
+            method_info(name)
+        except OptimizerError as error:
+            raise UsageError(f"--optimizers: {error.message}", hint=error.hint) from error
+    return names
 
 
 def _check_numbers(*, lr: float, weight_decay: float, betas: tuple[float, float]) -> None:

@@ -220,6 +220,7 @@ class Method(ABC):
     default_weight_decay: ClassVar[float] = 0.01
     lr_factor: ClassVar[float] = 1.0
     matrix_only: ClassVar[bool] = False  # as a default for a whole model, 0-D and 1-D tensors keep dense AdamW state
+    slow: ClassVar[bool] = False  # tens of times AdamW's step: probed only on request
     hidden_only: ClassVar[bool] = False  # its paper leaves embedding tables and output heads to AdamW
     sharded: ClassVar[bool] = True  # whether its functions work on DTensors as they stand
 

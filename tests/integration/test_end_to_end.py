@@ -146,7 +146,8 @@ def test_adamw_as_it_stands_peaks_where_the_scan_says(done: Job) -> None:
 def test_every_optimizer_holds_the_predicted_bytes(done: Job) -> None:
     runs = {run.method: run for run in done.scan.probe.runs}
     plans = probe_methods(done.scan.parameters)
-    assert set(runs) == set(plans) == set(list_methods())
+    assert set(runs) == set(plans)
+    assert set(list_methods()) - set(plans) == {"adapprox", "micro_adam", "galore"}  # slow: on request
     for label, plan in plans.items():
         model = done.target.model()
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -186,6 +186,7 @@ class Adapprox(StoredMethod):
         "store": "auto: factors where they pay; lowrank: for every matrix; dense: nowhere",
     }
     bytes_help = "6 bytes a parameter (4 M N + 4 rank (M + N)); 2 with momentum: false"
+    slow = True
     default_lr = 3e-4
     default_weight_decay = 0.1
 

@@ -90,6 +90,7 @@ class GaLore(Projected):
         "compat": COMPAT_HELP,
     }
     bytes_help = "3 bytes a parameter of a square matrix at the default rank; 4 (2 n r + m r) for n x m, m the smaller"
+    slow = True
     lr_factor = 10.0
 
     def extra_spec(self, shape: Shape, options: Any, dtype: torch.dtype) -> dict[str, StateSpec]:

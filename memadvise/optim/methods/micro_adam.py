@@ -239,6 +239,7 @@ class MicroAdam(Method):
         "values": "how the kept gradients are held: bf16 or fp32",
     }
     bytes_help = "0.96 bytes a parameter: 4 * window * density, 1/2 for the feedback and 4 / bucket for its bounds"
+    slow = True
     default_lr = 1e-4
     default_weight_decay = 0.0
     sharded = False  # blocks are cut from the flat tensor

@@ -181,3 +181,22 @@ def test_a_scan_that_fails_leaves_the_old_file(
     assert capsys.readouterr() == ("", "error: build_batches() gave no batch\n  hint: yield at least one\n")
     assert Path("memadvise.scan.json").read_bytes() == before
     assert [path.name for path in Path().iterdir()] == ["memadvise.scan.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [("quick", None), ("none", ()), ("lion, adapprox", ("lion", "adapprox")), ("all", "every one")],
+)
+def test_which_optimizers_are_tried(calls: list[Any], text: str, names: Any) -> None:
+    from memadvise.optim.registry import list_methods
+
+    assert run(["scan", "model.py", "--optimizers", text]) == 0
+    assert calls[0]["probe"].optimizers == (list_methods() if names == "every one" else names)
+
+
+def test_an_optimizer_that_is_none(calls: list[Any], capsys: Capture) -> None:
+    assert run(["scan", "model.py", "--optimizers", "adamw,loin"]) == 2
+    err = capsys.readouterr().err
+    assert "--optimizers: there is no method 'loin'" in err
+    assert "did you mean 'lion'?" in err
+    assert calls == []
