@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memadvise.errors import OptimizerError
-from memadvise.optim.executors import chunked, eager, fused
+from memadvise.optim.executors import chunked, compiled, eager, fused
 from memadvise.optim.executors.work import Work
 from memadvise.optim.int8_tensor import Int8Weight
 from memadvise.optim.method import Hyper, Shape, StateSpec, Tensors, compute_dtype, device_type, read
@@ -25,8 +25,7 @@ from memadvise.optim.registry import parse_setting, validate
 from memadvise.optim.weights import FORMS
 from memadvise.plan.schema import Setting
 
-_LANES = 64  # more than any instruction set's vectors and their unrolling
-EXECUTORS = ("eager", "chunked", "fused")
+EXECUTORS = ("eager", "chunked", "compiled", "fused")
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,8 @@ def choose_executor(resolved: Resolved, p: Tensor, forced: str | None) -> str:
             f"{resolved.name} ({resolved.setting.key}, {_short(p.dtype)}) cannot use the fused executor",
             hint='it runs adamw on float32 and float64 only: leave executor unset, or use executor="chunked"',
         )
+    if forced == "compiled" and (_is_subclass(p) or not compiled.usable(resolved.recipe, p)):
+        forced = "eager" if _is_subclass(p) else "chunked"
     if forced is not None:
         return forced
     if _is_subclass(p):
@@ -96,7 +97,9 @@ def choose_executor(resolved: Resolved, p: Tensor, forced: str | None) -> str:
                 hint="use adamw, slimadam, adam_mini, lion or sgd with full moments for sharded parameters",
             )
         return "eager"  # the pure functions follow the subclass's own rules; boxes and raw memory do not
-    return "fused" if fused.supports(resolved.recipe, p) else "chunked"
+    if fused.supports(resolved.recipe, p):
+        return "fused"
+    return "compiled" if compiled.wanted(resolved.recipe, p) else "chunked"
 
 
 def _is_subclass(p: Tensor) -> bool:
@@ -214,8 +217,8 @@ def run(items: Sequence[tuple[Resolved, Tensor, Tensor, Tensors]], h: Hyper, for
         buckets[executor].append(work)
     works = [work for bucket in buckets.values() for work in bucket]
     _advance([work for work in works if "step" in work.recipe.specs])
-    _set_scalars(buckets["chunked"] + buckets["eager"], h)
-    for name, module in (("fused", fused), ("chunked", chunked), ("eager", eager)):
+    _set_scalars(buckets["chunked"] + buckets["compiled"] + buckets["eager"], h)
+    for name, module in (("fused", fused), ("compiled", compiled), ("chunked", chunked), ("eager", eager)):
         if buckets[name]:
             module.step(buckets[name], h)
     for p, seen in copied:
@@ -228,24 +231,22 @@ def _advance(works: list[Work]) -> None:
 
 
 def _set_scalars(works: list[Work], h: Hyper) -> None:
-    """Bias corrections of many parameters at once: a vector of steps, a few operations for all of them."""
-    groups: dict[tuple[str, torch.device], list[Work]] = {}
+    """What depends on the step alone; once for all parameters that have made as many steps, by the same method."""
+    found: dict[tuple[str, Any, Any], Tensors] = {}
     for work in works:
-        if "step" in work.recipe.specs:
-            groups.setdefault((work.recipe.method.name, work.state["step"].device), []).append(work)
-    for members in groups.values():
-        # in whole vectors: pow gives other last bits to the remainder, and a parameter's step would depend on how
-        # many others are stepped with it
-        steps = torch.stack([work.state["step"] for work in members]).to(torch.float64)
-        steps = torch.nn.functional.pad(steps, (0, -len(members) % _LANES), value=1.0)
-        for work in members:
-            if work.state["step"].device.type == "cpu":  # elsewhere it would have to be waited for
-                work.step = int(read(work.state["step"], 1))
-        if isinstance(h.lr, Tensor):  # a learning rate on the device stays there: reading it would wait for the device
-            steps = steps.to(h.lr.device, non_blocking=True)
-        for name, values in members[0].recipe.method.scalars(steps, h).items():
-            for work, value in zip(members, values[: len(members)].unbind(), strict=True):
-                work.scalars[name] = value
+        if "step" not in work.recipe.specs:
+            continue
+        step, method, options = work.state["step"], work.recipe.method, work.recipe.options
+        if step.device.type == "cpu":
+            work.step = int(read(step, 1))
+        known: Any = work.step if step.device.type == "cpu" else id(step)  # elsewhere it would have to be waited for
+        key = (method.name, options, known)
+        if key not in found:
+            at = step.to(torch.float64)
+            if isinstance(h.lr, Tensor):  # a learning rate on the device stays there
+                at = at.to(h.lr.device, non_blocking=True)
+            found[key] = method.scalars(at, h, options)
+        work.scalars.update(found[key])
 
 
 def scratch_bytes(resolved: Resolved, p: Tensor, executor: str) -> int:
@@ -254,5 +255,7 @@ def scratch_bytes(resolved: Resolved, p: Tensor, executor: str) -> int:
         return 0
     if executor == "eager":
         return eager.scratch_bytes(resolved.recipe)
+    if executor == "compiled":
+        return compiled.scratch_bytes(resolved.recipe)
     copy = 0 if resolved.recipe.view == resolved.shape or p.is_contiguous() else 2 * p.numel() * p.itemsize
     return copy + chunked.scratch_bytes(resolved.recipe, device_type(p))

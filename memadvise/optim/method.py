@@ -3,7 +3,7 @@
 A method knows nothing of devices, chunks, codecs, param_groups or files, and does nothing in place. Per parameter and
 step the engine calls::
 
-    scalars    = method.scalars(step, h)             bias corrections; vectorised over many parameters' steps
+    scalars    = method.scalars(step, h, options)    what depends on the step alone: bias corrections
     small, new = method.prepare(visit, state, ctx)   factor-sized work; ``visit`` shows it the gradient, box by box
     u, state   = method.update(part, ctx)            per box, element-wise or broadcast; the engine then moves p by -u
 
@@ -241,7 +241,7 @@ class Method(ABC):
     def spec(self, shape: Shape, options: Any, dtype: torch.dtype) -> dict[str, StateSpec]:
         """The state of a parameter of (viewed) ``shape``, statistics in ``dtype``; in the order it is created."""
 
-    def scalars(self, step: Tensor, h: Hyper) -> Tensors:
+    def scalars(self, step: Tensor, h: Hyper, options: Any) -> Tensors:
         """0-dim quantities of one step, element-wise in ``step`` (float64, 1, 2, ...), which may be a vector."""
         return {}
 
@@ -256,6 +256,10 @@ class Method(ABC):
     def reduced_axes(self, shape: Shape, options: Any) -> tuple[int, ...] | None:
         """A box that holds these axes whole is independent of the others; None: all boxes depend on each other."""
         return ()
+
+    def traceable(self, shape: Shape, options: Any) -> bool:
+        """Whether a step can be compiled: nothing is decided on the host, and ``ctx.step`` and ``ctx.key`` not used."""
+        return False
 
     def whole_axes(self, shape: Shape, options: Any) -> int:
         """How many trailing axes no box may cut, whatever their size."""
@@ -302,6 +306,10 @@ class Method(ABC):
     @abstractmethod
     def update(self, part: Part, ctx: Context) -> tuple[Tensor, Tensors]:
         """What is subtracted from the (decayed) weights of one box, and its new element-wise state."""
+
+    def direction(self, part: Part, ctx: Context) -> Tensor:
+        """A tensor with the signs of the update; a method may know them without all of it."""
+        return self.update(part, ctx)[0]
 
     def momentum(self, options: Any) -> bool:
         """Whether the update follows a first moment, so that it can disagree with the gradient's sign."""

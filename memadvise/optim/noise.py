@@ -12,7 +12,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
+
+from memadvise.optim.tracing import valueless
 
 _MASK = 0xFFFFFFFF
 
@@ -23,26 +24,47 @@ def key_of(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+Key = int | tuple[Tensor, Tensor]  # 64 bits: a number, or its halves as 0-dim int32 tensors (in a compiled kernel)
+
+
+def signed32(bits: int) -> int:
+    """The lower 32 bits of a number, as int32 reads them."""
+    bits &= _MASK
+    return bits - (1 << 32) if bits >> 31 else bits
+
+
+def halves(key: int) -> tuple[Tensor, Tensor]:
+    """A key as a compiled kernel takes it: a number would be a constant there, and compiled anew at every step."""
+    low, high = (torch.tensor(signed32(part), dtype=torch.int32) for part in (key, key >> 32))
+    return low, high
+
+
+def _shifted(h: Tensor, places: int) -> Tensor:
+    """``h`` shifted to the right, with zeros from the left: int32 has a sign."""
+    return (h >> places).bitwise_and_((1 << (32 - places)) - 1)
+
+
 def _mix(h: Tensor) -> Tensor:
-    h = h.bitwise_xor_(h >> 16).mul_(0x85EBCA6B).bitwise_and_(_MASK)
-    h = h.bitwise_xor_(h >> 13).mul_(0xC2B2AE35).bitwise_and_(_MASK)
-    return h.bitwise_xor_(h >> 16)
+    h = h.bitwise_xor_(_shifted(h, 16)).mul_(signed32(0x85EBCA6B))
+    h = h.bitwise_xor_(_shifted(h, 13)).mul_(signed32(0xC2B2AE35))
+    return h.bitwise_xor_(_shifted(h, 16))
 
 
-def bits(key: int, start: int, count: int, device: torch.device | str) -> Tensor:
-    """``count`` uniform 32-bit integers (as int64) for the elements ``start``, ``start + 1``, ..."""
-    low, high = key & _MASK, key >> 32
-    if detect_fake_mode() is None:
-        h = torch.arange(start, start + count, device=device, dtype=torch.int64).bitwise_and_(_MASK)
-    else:  # in a trace the numbers do not matter, and following them as known values would compute them
-        h = torch.empty(count, device=device, dtype=torch.int64).bitwise_and_(_MASK)
-    h = _mix(h.mul_(0x9E3779B1).add_(low + (start >> 32)).bitwise_and_(_MASK))
-    return _mix(h.add_(high).bitwise_and_(_MASK))
+def bits(key: Key, start: int, count: int, device: torch.device | str) -> Tensor:
+    """``count`` uniform 32-bit integers (int32, with a sign) for the elements ``start``, ``start + 1``, ..."""
+    low, high = key if isinstance(key, tuple) else (signed32(key), signed32(key >> 32))
+    if valueless():  # following the numbers as known values would compute them
+        h = torch.empty(count, device=device, dtype=torch.int32)
+    else:
+        h = torch.arange(count, device=device, dtype=torch.int32)
+    # int32 wraps around, so that all of this is modulo 2^32
+    h = h.add_(signed32(start)).mul_(signed32(0x9E3779B1)).add_(low).add_(signed32(start >> 32))
+    return _mix(_mix(h).add_(high))
 
 
-def uniform(key: int, start: int, count: int, device: torch.device | str) -> Tensor:
+def uniform(key: Key, start: int, count: int, device: torch.device | str) -> Tensor:
     """``count`` float32 numbers in [0, 1), multiples of 2^-24."""
-    return (bits(key, start, count, device) >> 8).to(torch.float32).mul_(2.0**-24)
+    return _shifted(bits(key, start, count, device), 8).to(torch.float32).mul_(2.0**-24)
 
 
 def gaussian(key: int, start: int, count: int, device: torch.device | str) -> Tensor:
@@ -58,4 +80,4 @@ def gaussian(key: int, start: int, count: int, device: torch.device | str) -> Te
 
 def signs(key: int, start: int, count: int, device: torch.device | str) -> Tensor:
     """``count`` float32 numbers, -1 or 1 with equal probability."""
-    return ((bits(key, start, count, device) >> 31) * 2 - 1).to(torch.float32)
+    return ((bits(key, start, count, device) >> 31) * -2 - 1).to(torch.float32)

@@ -12,7 +12,9 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from memadvise.optim.tracing import valueless
 
 _RANGES = 1 << 16
 
@@ -88,25 +90,25 @@ class Map:
 
 
 def _built(counter: Counter, device: torch.device) -> tuple[Tensor, Tensor]:
-    if detect_fake_mode() is None and device.type != "meta":
+    if not valueless() and device.type != "meta":
         return _kept_counter(counter, device)
     count = len(counter.boundaries) + 1
     return torch.empty(_RANGES, dtype=torch.uint8, device=device), torch.empty(count, device=device)
 
 
 def _entries(entries: tuple[float, ...], device: torch.device) -> Tensor:
-    if detect_fake_mode() is None and device.type != "meta":
+    if not valueless() and device.type != "meta":
         return _kept_entries(entries, device)
     return torch.empty(len(entries) + 1, device=device)
 
 
 @lru_cache(maxsize=256)
 def _kept_counter(counter: Counter, device: torch.device) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), _disable_current_modes():
         return counter.build(device)
 
 
 @lru_cache(maxsize=256)
 def _kept_entries(entries: tuple[float, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), _disable_current_modes():
         return torch.tensor([*entries, entries[-1] + 1.0], device=device)

@@ -48,6 +48,14 @@ class Cuts:
         by_rows = bool(shape) and all(cut[1:] == shape[1:] for cut in self.shapes)
         self._rows = self.shapes[0][0] if by_rows else None
 
+    @classmethod
+    def whole(cls, shape: Shape) -> Cuts:
+        """One box; ``shape`` may be symbolic."""
+        cuts = cls.__new__(cls)
+        cuts.shape, cuts.shapes, cuts.starts, cuts._rows = shape, [shape], [0], None
+        cuts.boxes = [tuple(slice(0, size) for size in shape)]
+        return cuts
+
     def parts(self, tensor: Tensor) -> Sequence[Tensor]:
         """One view of ``tensor`` for each box: whole along axes of size 1, and whole if it has other axes at all."""
         if len(self.boxes) == 1 or tensor.ndim != len(self.shape):

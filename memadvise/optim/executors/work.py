@@ -69,17 +69,29 @@ class Work:
             rows = value.reshape(coded.rows.count, coded.rows.length)
             for first, last, start, stop in pieces(coded):
                 targets = self._stored(coded, first, last, start, stop)
-                encode(self, name, coded, rows[first:last, start:stop], first * coded.rows.length + start, targets)
+                values = rows[first:last, start:stop]
+                encode(coded, values, self.noise_key(name), first * coded.rows.length + start, targets)
+
+    def noise_key(self, name: str) -> int | None:
+        """Of the random numbers with which the moment ``name`` is rounded; None: to the nearest."""
+        stochastic = self.recipe.compose.rounding == "stochastic"
+        return noise.key_of(self.key, name, self.step) if stochastic else None
+
+    def weight_key(self) -> int | None:
+        """Of the random numbers with which weights are rounded."""
+        return noise.key_of(self.key, "weights", self.step) if self.recipe.form.noisy else None
 
     def weight_parts(self, cuts: Cuts) -> Sequence[WeightPart]:
         extra = {n.removeprefix(CORRECTION): t for n, t in self.state.items() if n.startswith(CORRECTION)}
         return self.recipe.form.parts(self.p, extra, cuts)
 
     def weight_noise(self, start: int, like: Tensor) -> Tensor | None:
-        if not self.recipe.form.noisy:
-            return None
-        key = noise.key_of(self.key, "weights", self.step)
-        return noise.uniform(key, start, like.numel(), like.device).view(like.shape)
+        return noise_like(self.weight_key(), start, like)
+
+
+def noise_like(key: noise.Key | None, start: int, like: Tensor) -> Tensor | None:
+    """Uniform numbers in [0, 1) of the shape of ``like``, whose first element has the number ``start``."""
+    return None if key is None else noise.uniform(key, start, like.numel(), like.device).view(like.shape)
 
 
 def composed_bytes(recipe: Recipe) -> int:
@@ -124,13 +136,10 @@ def store(target: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 
-def encode(work: Work, name: str, coded: Coded, values: Tensor, start: int, targets: Tensors) -> None:
+def encode(coded: Coded, values: Tensor, key: noise.Key | None, start: int, targets: Tensors) -> None:
     """Encode ``values`` ([rows, length]; ``start``: the number of its first element) into ``targets``."""
     values = values.to(torch.float32)
-    uniform = None
-    if work.recipe.compose.rounding == "stochastic":
-        key = noise.key_of(work.key, name, work.step)
-        uniform = noise.uniform(key, start, values.numel(), values.device).view(values.shape)
+    uniform = noise_like(key, start, values)
     for suffix, codes in coded.codec.encode(values, uniform, signed=coded.signed).items():
         targets[suffix].copy_(codes)
 
@@ -160,7 +169,8 @@ class CodedParts:
     def store(self, i: int, values: Tensor) -> None:
         """Encode new values of box ``i``."""
         views, length = self._views(i)
-        encode(self.work, self.name, self.coded, values.reshape(-1, length), self.cuts.starts[i], views)
+        key = self.work.noise_key(self.name)
+        encode(self.coded, values.reshape(-1, length), key, self.cuts.starts[i], views)
 
 
 def granule(shape: Shape, blocks: Sequence[tuple[Rows, int]]) -> int:

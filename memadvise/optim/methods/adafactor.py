@@ -31,14 +31,13 @@ not used. Defaults are the paper's: eps1 1e-30, eps2 1e-3, clip 1, no momentum, 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from memadvise.optim.method import Context, OptionProblem, Options, Part, Shape, StateSpec, Tensors, Visit, is_number
+from memadvise.optim.method import Context, Hyper, OptionProblem, Options, Part, Shape, StateSpec, Tensors, Visit, is_number
 from memadvise.optim.methods.factored import SIZE, Factored, check_fraction, check_positive
 
 STEP_SIZES = ("lr", "relative", "scaled")
@@ -93,8 +92,11 @@ class Adafactor(Factored):
             spec["exp_avg"] = StateSpec(shape, dtype, elementwise=True, moment="first")
         return spec
 
-    def newest(self, ctx: Context) -> float:
-        return float(ctx.step**ctx.options.beta2_decay)
+    def scalars(self, step: Tensor, h: Hyper, options: AdafactorOptions) -> Tensors:
+        return {"newest": torch.pow(step, options.beta2_decay), "relative": step.rsqrt()}
+
+    def newest(self, ctx: Context) -> Tensor:
+        return ctx.scalars["newest"]
 
     def prepare(self, visit: Visit, state: Tensors, ctx: Context) -> tuple[Tensors, Tensors]:
         small, new = self.second_moment_scales(visit, state, ctx)
@@ -118,8 +120,8 @@ class Adafactor(Factored):
         if weights is None:
             return lr
         if ctx.options.step_size == "relative":
-            most = 1 / math.sqrt(ctx.step)
-            lr = lr.clamp(max=most) if isinstance(lr, Tensor) else min(lr, most)
+            most = ctx.scalars["relative"]
+            lr = torch.minimum(lr.to(most), most) if isinstance(lr, Tensor) else most.clamp(max=lr)
         return (weights / self.unit_numel(ctx)).sqrt_().clamp_(min=ctx.options.eps2) * lr
 
     def update(self, part: Part, ctx: Context) -> tuple[Tensor, Tensors]:

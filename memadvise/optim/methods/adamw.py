@@ -43,6 +43,9 @@ class AdamW(Method):
     options_help: ClassVar[dict[str, str]] = {"compat": COMPAT_HELP}
     bytes_help = "8 bytes a parameter"
 
+    def traceable(self, shape: Shape, options: Any) -> bool:
+        return True
+
     def spec(self, shape: Shape, options: Any, dtype: torch.dtype) -> dict[str, StateSpec]:
         return {
             "step": STEP,
@@ -50,7 +53,7 @@ class AdamW(Method):
             "exp_avg_sq": StateSpec(shape, dtype, elementwise=True, moment="second"),
         }
 
-    def scalars(self, step: Tensor, h: Hyper) -> Tensors:
+    def scalars(self, step: Tensor, h: Hyper, options: Any) -> Tensors:
         return adam_scalars(step, h)
 
     def update(self, part: Part, ctx: Context) -> tuple[Tensor, Tensors]:
@@ -62,8 +65,8 @@ class AdamW(Method):
         else:
             u = m / (v.sqrt() / small["bias2_sqrt"] + h.eps)
         if ctx.coded and (bound := update_bound(h.beta1, h.beta2)) < math.inf:
-            bound *= 1 - h.beta1**ctx.step  # step_size divides by this
-            u.clamp_(-bound, bound)
+            most = bound * small["bias1"]  # step_size divides by this
+            u = u.clamp(-most, most)
         return u * small["step_size"], {"exp_avg": m, "exp_avg_sq": v}
 
     def second_moment(self, v: Tensor, options: Any) -> Tensor | None:

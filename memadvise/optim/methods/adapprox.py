@@ -216,8 +216,11 @@ class Adapprox(StoredMethod):
             **self.store(shape, options).spec(dtype),
         }
 
-    def scalars(self, step: Tensor, h: Hyper) -> Tensors:
+    def scalars(self, step: Tensor, h: Hyper, options: Any) -> Tensors:
         return adam_scalars(step, h)
+
+    def traceable(self, shape: Shape, options: AdapproxOptions) -> bool:
+        return False
 
     def reduced_axes(self, shape: Shape, options: AdapproxOptions) -> tuple[int, ...] | None:
         dense = len(shape) < 2 or options.store == "dense"  # of a box as of the whole, unlike "auto"

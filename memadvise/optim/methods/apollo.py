@@ -146,9 +146,9 @@ class Apollo(Projected):
             return {}
         return {"norm": one} if options.compat or not options.limiter_floor else {"norm": one, "largest_norm": one}
 
-    def scalars(self, step: Tensor, h: Hyper) -> Tensors:
-        found = super().scalars(step, h)
-        return {**found, "correction": found["bias2_sqrt"] / (1 - torch.pow(h.beta1, step))}
+    def scalars(self, step: Tensor, h: Hyper, options: Any) -> Tensors:
+        found = super().scalars(step, h, options)
+        return {**found, "correction": found["bias2_sqrt"] / found["bias1"]}
 
     def projected_scratch(self, sides: Sides, options: Any) -> int:
         batch, n, r = math.prod(sides.batch), sides.n, sides.rank

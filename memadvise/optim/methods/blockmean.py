@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memadvise.optim.methods.sums import column_sums
+from memadvise.optim.tracing import in_kernel
 from memadvise.optim.method import STEP, Context, Hyper, Method, OptionProblem, Options, Part, Shape, StateSpec, Tensors
 
 COMPAT_HELP = "official: as the official code does it, where that differs (see the method's documentation)"
@@ -66,6 +68,8 @@ class Blocks:
     def sum_squares(self, g: Tensor, out: Tensor | None = None) -> Tensor:
         """``g^2`` summed over ``axes``; the squares go to ``out`` if given."""
         squares = g * g if out is None else torch.mul(g, g, out=out)
+        if self.axes == (squares.ndim - 2,):
+            return column_sums(squares)
         return squares.sum(self.axes, keepdim=True) if self.axes else squares
 
     def pool(self, sums: Tensor, shape: Shape) -> Tensor:
@@ -107,9 +111,17 @@ class BlockMeanAdam(Method):
 
     matrix_only = True
 
-    @lru_cache(maxsize=4096)  # noqa: B019 - methods are few and live as long as the process
+    def traceable(self, shape: Shape, options: Any) -> bool:
+        return True
+
     def partition(self, shape: Shape, options: Any) -> Blocks:
-        """:meth:`blocks`, remembered."""
+        """:meth:`blocks`, remembered; ``shape`` may be symbolic."""
+        if in_kernel():
+            return self.blocks(shape, options)
+        return self._remembered(shape, options)
+
+    @lru_cache(maxsize=4096)  # noqa: B019 - methods are few and live as long as the process
+    def _remembered(self, shape: Shape, options: Any) -> Blocks:
         return self.blocks(shape, options)
 
     @abstractmethod
@@ -123,7 +135,7 @@ class BlockMeanAdam(Method):
             "exp_avg_sq": StateSpec(self.partition(shape, options).state_shape(shape), dtype),
         }
 
-    def scalars(self, step: Tensor, h: Hyper) -> Tensors:
+    def scalars(self, step: Tensor, h: Hyper, options: Any) -> Tensors:
         return adam_scalars(step, h)
 
     def rounds(self, options: Any) -> int:
@@ -169,8 +181,10 @@ def update_bound(beta1: float, beta2: float) -> float:
 
 
 def adam_scalars(step: Tensor, h: Hyper) -> Tensors:
-    """``lr / (1 - b1^t)`` and ``sqrt(1 - b2^t)``, in float64 as torch's Python floats."""
+    """``1 - b1^t``, ``lr / (1 - b1^t)`` and ``sqrt(1 - b2^t)``, in float64 as torch's Python floats."""
+    bias1 = 1 - torch.pow(h.beta1, step)
     return {
-        "step_size": h.lr / (1 - torch.pow(h.beta1, step)),
+        "bias1": bias1,
+        "step_size": h.lr / bias1,
         "bias2_sqrt": (1 - torch.pow(h.beta2, step)).sqrt(),
     }

@@ -27,8 +27,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from memadvise.optim.method import Context, OptionProblem, Options, Part, Shape, StateSpec, Tensors, Visit
+from memadvise.optim.method import Context, Hyper, OptionProblem, Options, Part, Shape, StateSpec, Tensors, Visit
 from memadvise.optim.methods.blockmean import COMPAT_HELP, check_compat
+from memadvise.optim.methods.sums import column_sums
 from memadvise.optim.methods.factored import (
     SIZE,
     Factored,
@@ -108,6 +109,9 @@ class CAME(Factored):
     def newest(self, ctx: Context) -> float:
         return 1 - ctx.h.beta2
 
+    def scalars(self, step: torch.Tensor, h: Hyper, options: CAMEOptions) -> Tensors:
+        return {"instability": 1 - torch.pow(options.beta3, step)}
+
     def prepare(self, visit: Visit, state: Tensors, ctx: Context) -> tuple[Tensors, Tensors]:
         small, new = self.second_moment_scales(visit, state, ctx)
         sums = visit(SIZE, small, {"updates": self.unit_shape(ctx)})
@@ -118,7 +122,7 @@ class CAME(Factored):
         sums = visit(INSTABILITY, small, {"rows": row_shape(shape), "columns": column_shape(shape)})
         rows = ema(state["exp_avg_res_row"], sums["rows"], shape[-1], 1 - options.beta3, options.eps2)
         columns = ema(state["exp_avg_res_col"], sums["columns"], shape[-2], 1 - options.beta3, options.eps2)
-        corrected = columns / (1 - options.beta3**ctx.step) if options.correct_instability else columns
+        corrected = columns / ctx.scalars["instability"] if options.correct_instability else columns
         small.update({"steady_row": row_scale(rows), "steady_column": corrected.rsqrt()})
         return small, {**new, "exp_avg_res_row": rows, "exp_avg_res_col": columns}
 
@@ -128,7 +132,7 @@ class CAME(Factored):
         u, _ = self.normalised(part, ctx)  # u - m_new = b1 (u - m_old)
         squares = u.mul_(part.small["clip"]).sub_(part.state["exp_avg"]).mul_(ctx.h.beta1)
         squares.mul_(squares)
-        return {"rows": squares.sum(-1, keepdim=True), "columns": squares.sum(-2, keepdim=True)}
+        return {"rows": squares.sum(-1, keepdim=True), "columns": column_sums(squares)}
 
     def update(self, part: Part, ctx: Context) -> tuple[torch.Tensor, Tensors]:
         u, new = self.normalised(part, ctx)

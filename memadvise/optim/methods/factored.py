@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memadvise.optim.methods.sums import column_sums
 from memadvise.optim.method import (
     STEP,
     Context,
@@ -61,9 +62,14 @@ def column_shape(shape: Shape) -> Shape:
     return (*shape[:-2], 1, shape[-1])
 
 
-def ema(old: Tensor, sums: Tensor, count: int, weight: float, floor: float) -> Tensor:
+def ema(old: Tensor, sums: Tensor, count: int, weight: float | Tensor, floor: float) -> Tensor:
     """``(1 - weight) old + weight (sums / count + floor)``."""
-    return torch.lerp(old, sums / max(count, 1) + floor, weight)
+    return mixed(old, sums / max(count, 1) + floor, weight)
+
+
+def mixed(old: Tensor, new: Tensor, weight: float | Tensor) -> Tensor:
+    """``torch.lerp``, which wants a weight of the tensors' dtype and device; exact for a weight of 1 where ``old`` is 0."""
+    return old + (new - old) * weight
 
 
 def row_scale(rows: Tensor) -> Tensor:
@@ -77,7 +83,10 @@ class Factored(Method):
 
     sharded = False
 
-    def newest(self, ctx: Context) -> float:
+    def traceable(self, shape: Shape, options: Any) -> bool:
+        return True
+
+    def newest(self, ctx: Context) -> float | Tensor:
         """The weight w of this step's squared gradient."""
         raise NotImplementedError
 
@@ -132,7 +141,7 @@ class Factored(Method):
     def stats(self, part: Part, ctx: Context, round_: Any) -> Tensors:
         if round_ == SQUARES:
             squares = part.g * part.g
-            return {"rows": squares.sum(-1, keepdim=True), "columns": squares.sum(-2, keepdim=True)}
+            return {"rows": squares.sum(-1, keepdim=True), "columns": column_sums(squares)}
         u, _ = self.normalised(part, ctx)
         return {"updates": self.unit_sum(u.mul_(u), ctx)}
 
@@ -145,7 +154,7 @@ class Factored(Method):
         """``g / sqrt(v)`` before it is clipped, a new tensor, and the new v of a vector."""
         if "row" in part.small:
             return (part.g * part.small["row"]).mul_(part.small["column"]), {}
-        v = torch.lerp(part.state["exp_avg_sq"], part.g * part.g + ctx.options.eps1, self.newest(ctx))
+        v = mixed(part.state["exp_avg_sq"], part.g * part.g + ctx.options.eps1, self.newest(ctx))
         return part.g * v.rsqrt(), {"exp_avg_sq": v}
 
     def scratch_bytes(self, shape: Shape, options: Any) -> int:

@@ -31,6 +31,9 @@ class Lion(Method):
     default_weight_decay = 0.0
     lr_factor = 0.1
 
+    def traceable(self, shape: Shape, options: Any) -> bool:
+        return True
+
     def spec(self, shape: Shape, options: Any, dtype: torch.dtype) -> dict[str, StateSpec]:
         return {"exp_avg": StateSpec(shape, dtype, elementwise=True, moment="first")}
 

@@ -163,7 +163,7 @@ class Projected(Method):
         """The state beside the moments."""
         return {}
 
-    def scalars(self, step: Tensor, h: Hyper) -> Tensors:
+    def scalars(self, step: Tensor, h: Hyper, options: Any) -> Tensors:
         return adam_scalars(step, h)
 
     def decays(self, shape: Shape, options: Any) -> str:

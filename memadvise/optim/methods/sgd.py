@@ -46,6 +46,9 @@ class SGD(Method):
     default_weight_decay = 0.0
     lr_factor = 100.0
 
+    def traceable(self, shape: Shape, options: Any) -> bool:
+        return True
+
     def spec(self, shape: Shape, options: SGDOptions, dtype: torch.dtype) -> dict[str, StateSpec]:
         spec = StateSpec(shape, dtype, elementwise=True, moment="first")
         return {"momentum_buffer": spec} if options.momentum else {}

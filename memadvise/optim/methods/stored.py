@@ -142,6 +142,9 @@ class StoredMethod(Method):
         step = {"step": STEP} if isinstance(store, LowRankStore) else {}
         return {**step, **store.spec(dtype)}
 
+    def traceable(self, shape: Shape, options: Any) -> bool:
+        return not isinstance(self.store(shape, options), LowRankStore)
+
     def reduced_axes(self, shape: Shape, options: Any) -> tuple[int, ...] | None:
         return self.store(shape, options).reduced_axes
 

@@ -33,6 +33,7 @@ from memadvise.optim.method import Context, Part, Round, Shape, StateSpec, Tenso
 from memadvise.optim.methods import srsi
 from memadvise.optim.methods.blockmean import Blocks
 from memadvise.optim.methods.factored import column_shape, row_shape
+from memadvise.optim.methods.sums import column_sums
 
 BY_ROWS, BY_COLUMNS = ("q", "left", "rows"), ("u", "right", "columns")  # factors that lie along one axis of the matrix
 
@@ -146,7 +147,7 @@ class FactoredStore(Store):
 
     def stats(self, part: Part, mix: Mix, round_: Round) -> Tensors:
         squares = part.g * part.g
-        return {"row": squares.sum(-1, keepdim=True), "col": squares.sum(-2, keepdim=True)}
+        return {"row": squares.sum(-1, keepdim=True), "col": column_sums(squares)}
 
     def second(self, part: Part, mix: Mix) -> tuple[Tensor, Tensors]:
         return part.small["row"] * part.small["col"], {}
