@@ -269,6 +269,10 @@ class Method(ABC):
         """How many passes of ``stats`` and ``finish`` a step takes before ``update``."""
         return 0
 
+    def visits(self, shape: Shape, options: Any) -> int:
+        """How often ``prepare`` asks for sums, where that is known: :meth:`traceable` methods."""
+        return self.rounds(options)
+
     def sums_spec(self, shape: Shape, options: Any, round_: int) -> dict[str, Shape]:
         """The shapes of what ``stats`` sums to over a whole parameter."""
         return {}

@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 
 from memadvise.optim.method import Shape, StateSpec, Tensors
+from memadvise.optim.tracing import in_kernel
+
+_EXACT = 2.0**-14  # of the way between two codes: more than float32 loses on the way there
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,9 @@ class Codec(ABC):
 class BlockCodec(Codec):
     """A codec of codes with one float32 scale a block.
 
-    A code stands for a fraction of the scale, :meth:`unit`, which rises with it. Stochastic rounding compares a value
-    with its two neighbours as they decode, to the bit: a value that has a code keeps it, whatever the noise.
+    A code stands for a fraction of the scale, :meth:`unit`, which rises with it. Stochastic rounding asks how far a
+    value lies on the way to the next code (:meth:`beyond`); what is within :data:`_EXACT` of a code has that code, so
+    that a value that has one keeps it, whatever the noise, and whatever the rounding of this arithmetic.
     """
 
     def specs(self, rows: Rows, *, signed: bool) -> dict[str, StateSpec]:
@@ -121,29 +125,36 @@ class BlockCodec(Codec):
         low, high = extremes(values, self.block)
         return torch.maximum(high, -low)
 
+    def beyond(self, x: Tensor, codes: Tensor, *, signed: bool) -> Tensor:
+        """How far ``x`` lies from ``codes`` on the way to the next ones: 0 to 1, give or take its rounding."""
+        lower = self.unit(codes, signed=signed)
+        return (x - lower).div_(self.unit(codes + 1, signed=signed).sub_(lower))
+
     def decode(self, stored: Tensors, length: int, *, signed: bool) -> Tensor:
-        return self._valued(self.unpack(stored[""], length, signed=signed), stored["_scale"], signed)
+        values = self.unit(self.unpack(stored[""], length, signed=signed), signed=signed)
+        return times_(values, stored["_scale"], self.block)
+
+    def _relative(self, values: Tensor, scale: Tensor) -> Tensor:
+        """``values`` in units of their scales; a new tensor."""
+        power = _normal(scale)
+        size = torch.where(scale == 0, 1.0, scale * power)
+        return times_(times_(values.clone(), power, self.block), size.reciprocal(), self.block)
 
     def encode(self, values: Tensor, noise: Tensor | None, *, signed: bool) -> Tensors:
         scale = self.scales(values, signed=signed)
-        divisor = torch.where(scale == 0, 1.0, scale)
-        x = over(values, divisor, self.block)
+        x = self._relative(values, scale)
         if noise is None:
             codes = self.nearest(x, signed=signed)
         else:
-            codes = self.floor(x, signed=signed)
-            del x
-            lower = self._valued(codes, divisor, signed)
-            gap = self._valued(codes + 1, divisor, signed).sub_(lower)
-            codes += torch.sub(values, lower, out=lower).div_(gap) > noise
+            codes = self.floor(x.clone(), signed=signed)
+            codes += self.beyond(x, codes, signed=signed) > noise * (1 - 2 * _EXACT) + _EXACT
         return {"": self.pack(codes, values, signed=signed), "_scale": scale}
 
-    def _valued(self, codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
-        """The values of codes, always by this arithmetic."""
-        values = self.unit(codes, signed=signed)
-        for piece, columns in pieces(values, self.block):
-            piece.mul_(scale[:, columns, None])
-        return values
+
+def _normal(scale: Tensor) -> Tensor:
+    """Powers of two that bring scales to where a reciprocal is a normal number."""
+    size = scale.abs()
+    return torch.where(size < 2.0**-64, 2.0**64, torch.where(size > 2.0**64, 2.0**-64, 1.0))
 
 
 def pieces(values: Tensor, block: int) -> Iterator[tuple[Tensor, slice]]:
@@ -164,9 +175,11 @@ def extremes(values: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return torch.cat([low for low, _ in found], 1), torch.cat([high for _, high in found], 1)
 
 
-def over(values: Tensor, scale: Tensor, block: int) -> Tensor:
-    """``values`` divided by the scales of their blocks."""
-    out = torch.empty(values.shape, dtype=values.dtype, device=values.device)
-    for (piece, columns), (target, _) in zip(pieces(values, block), pieces(out, block), strict=True):
-        torch.div(piece, scale[:, columns, None], out=target)
-    return out
+def times_(values: Tensor, factors: Tensor, block: int) -> Tensor:
+    """``values`` [rows, length] times the ``factors`` [rows, blocks] of their blocks, in place (not in a kernel)."""
+    if in_kernel():  # there an expression costs nothing, but writing to parts of a tensor needs the tensor
+        spread = factors.unsqueeze(-1).expand(-1, -1, block).flatten(1)
+        return values * spread[:, : values.shape[1]]
+    for piece, columns in pieces(values, block):
+        piece.mul_(factors[:, columns, None])
+    return values

@@ -26,6 +26,7 @@ from torch import Tensor
 from memadvise.optim.codecs.codec import BlockCodec, Rows
 from memadvise.optim.codecs.mapped import Map, dynamic_map
 from memadvise.optim.method import StateSpec
+from memadvise.optim.tracing import in_kernel
 
 SIGNED = Map((-1.0, *dynamic_map(3, signed=True)[1:]))
 
@@ -50,6 +51,9 @@ class Int4(BlockCodec):
         return SIGNED.nearest(x) if signed else _linear(x.add_(1 / 32))
 
     def pack(self, codes: Tensor, values: Tensor, *, signed: bool) -> Tensor:
+        if in_kernel():  # in one expression
+            even = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2)).unflatten(1, (-1, 2))
+            return (even[..., 0] | (even[..., 1] << 4)).to(torch.uint8)
         narrow = codes.to(torch.uint8)
         packed = narrow[:, ::2].contiguous()
         high = narrow[:, 1::2] << 4
@@ -57,6 +61,9 @@ class Int4(BlockCodec):
         return packed
 
     def unpack(self, stored: Tensor, length: int, *, signed: bool) -> Tensor:
+        if in_kernel():
+            pairs = torch.stack([stored & 15, stored >> 4], -1).to(torch.int32)
+            return pairs.flatten(1)[:, :length]
         codes = torch.empty((stored.shape[0], length), dtype=torch.int32, device=stored.device)
         codes[:, ::2] = stored & 15
         codes[:, 1::2] = (stored >> 4)[:, : length // 2]

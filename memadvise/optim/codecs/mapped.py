@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from memadvise.optim.tracing import valueless
+from memadvise.optim.tracing import in_kernel, valueless
 
 _RANGES = 1 << 16
 
@@ -55,6 +55,13 @@ class Counter:
         below[lowest.isnan()] = 0
         return below.to(torch.uint8).to(device), boundaries.to(device)
 
+    def all_compared(self, x: Tensor) -> Tensor:
+        """:meth:`count` without a table."""
+        found = torch.zeros(x.shape, dtype=torch.int32, device=x.device)
+        for boundary in self.boundaries:
+            found = found + (x >= boundary)
+        return found
+
     def count(self, x: Tensor) -> Tensor:
         """int32, like ``x`` (float32, contiguous)."""
         below, boundaries = _built(self, x.device)
@@ -73,16 +80,25 @@ class Map:
         pairs = zip(self.entries, self.entries[1:], strict=False)
         self._nearest = Counter([(low + high) / 2 for low, high in pairs])
 
+    def _few(self) -> bool:
+        """Whether going through all entries is faster than looking up: in a compiled kernel of few entries."""
+        return in_kernel() and len(self.entries) <= 16
+
     def floor(self, x: Tensor) -> Tensor:
         """The number of the largest entry that is not above ``x``, or 0; int32."""
-        return self._floor.count(x)
+        return self._floor.all_compared(x) if self._few() else self._floor.count(x)
 
     def nearest(self, x: Tensor) -> Tensor:
         """The number of the nearest entry; int32."""
-        return self._nearest.count(x)
+        return self._nearest.all_compared(x) if self._few() else self._nearest.count(x)
 
     def value(self, codes: Tensor) -> Tensor:
         """Entries by their numbers (int32); beyond the last there is another 1 further up."""
+        if self._few():
+            found = torch.full(codes.shape, self.entries[0], device=codes.device)
+            for number, entry in enumerate([*self.entries[1:], self.entries[-1] + 1.0]):
+                found = torch.where(codes > number, entry, found)
+            return found
         return _entries(self.entries, codes.device).index_select(0, codes.flatten()).view(codes.shape)
 
 

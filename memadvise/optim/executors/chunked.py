@@ -232,7 +232,7 @@ class _Stepper:
         sums = torch.zeros(2, device=self.work.p.device, dtype=compute_dtype(self.work.p.dtype))
         for i, prepare in enumerate(prepares):
             part = self._part(i, prepare()[0])
-            sums += agreement(self.method.update(part, self._context(i))[0], part.g)
+            sums += agreement(self.method.direction(part, self._context(i)), part.g)
         return caution_scale(str(self.recipe.compose.cautious), sums, math.prod(self.recipe.view))
 
     def _context(self, i: int) -> Context:

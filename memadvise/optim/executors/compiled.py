@@ -10,10 +10,11 @@ What cannot be compiled, or fails to, falls back to chunked, with one warning th
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from memadvise.optim.executors.kernel import LARGEST_INT32, Kernel
 from memadvise.optim.executors.work import Work, agreement, caution_scale, encode, moved, noise_like
 from memadvise.optim.int8_tensor import Int8Weight
 from memadvise.optim.method import Context, Hyper, Part, Round, Shape, Tensors, compute_dtype, device_type
-from memadvise.optim.recipe import CORRECTION, Recipe
+from memadvise.optim.recipe import CORRECTION, Coded, Recipe
 from memadvise.optim.weights import Int8Part, WeightPart
 
 MOST_KERNELS = 32  # of one setting: a model with more shapes than that would compile for minutes
@@ -35,11 +36,15 @@ LEAST = {"cpu": 1 << 20, "cuda": 1 << 12}  # elements from which a kernel is mad
 
 _Constants = tuple[float, float, float, float]  # betas, eps, weight decay
 _WEIGHTS, _GRADIENT, _LR, _SCALE = "p", "g", "lr", "scale"
+_AGREEMENT, _MOVE = "agreement", "move"
+_WIDEST = 4096  # elements of a block
+_ALIGNMENT = 16  # bytes, which a CUDA kernel reads at once
 
 
 def supports(recipe: Recipe) -> bool:
     """Whether a step of this recipe can be one kernel."""
-    return recipe.method.traceable(recipe.view, recipe.options) and math.prod(recipe.view) > 0
+    fits = math.prod(recipe.view) > 0 and block_width(recipe) is not None
+    return fits and recipe.method.traceable(recipe.view, recipe.options)
 
 
 def usable(recipe: Recipe, p: Tensor) -> bool:
@@ -94,8 +99,9 @@ def forget() -> None:
     _failures.clear()
 
 
-def _kernel_for(key: Any, recipe: Recipe, function: Callable[..., Any], tensors: list[Tensor], rows: int) -> Kernel | None:
+def _kernel_for(key: Any, recipe: Recipe, function: Callable[..., Any], inputs: _Inputs) -> Kernel | None:
     """The kernel ``key``, made now if there is none; None if there cannot be one."""
+    tensors, rows = list(inputs.tensors.values()), inputs.rows
     kernel = _kernels.get(key)
     if kernel is not None:
         if kernel.holds(rows):
@@ -103,9 +109,9 @@ def _kernel_for(key: Any, recipe: Recipe, function: Callable[..., Any], tensors:
         key = (key, rows)  # it was made for another number of rows than this
         if key in _kernels:
             return _kernels[key]
-        varying = [False] * len(tensors)
+        varying = [0] * len(tensors)
     else:
-        varying = [_varies(t, rows) for t in tensors] if rows else [False] * len(tensors)
+        varying = [inputs.times(t) for t in tensors]
     kind = tensors[0].device.type
     family = _family(recipe, kind)
     if _failed(recipe, kind):
@@ -136,22 +142,22 @@ def _no_compiler(error: BaseException) -> bool:
     return False
 
 
-def _varies(tensor: Tensor, rows: int) -> bool:
-    return tensor.ndim > 0 and tensor.shape[0] == rows and tensor.is_contiguous()
-
-
 # ---------------------------------------------------------------- one parameter
 
 
 @dataclass
 class _Inputs:
-    """The tensors of one parameter by name, and the shape in which the method sees it here."""
+    """The tensors of one parameter by name."""
 
     tensors: Tensors
-    shape: Shape
-    flat: bool
-    rows: int  # how many, where their number may vary; 0: it is part of the kernel
-    noisy: list[str] = field(default_factory=list)
+    rows: int  # how many, where their number may vary from call to call; 0: it is a constant of the kernel
+    blocks: int  # in a row, where they are seen by blocks
+
+    def times(self, tensor: Tensor) -> int:
+        """How often the tensor's first axis holds the rows: 1, by blocks as often as these; 0: it does not."""
+        if not self.rows or not tensor.ndim or not tensor.is_contiguous():
+            return 0
+        return {self.rows: 1, self.rows * self.blocks: self.blocks}.get(tensor.shape[0], 0)
 
 
 def _step_one(work: Work, h: Hyper) -> bool:
@@ -159,45 +165,56 @@ def _step_one(work: Work, h: Hyper) -> bool:
     if isinstance(work.p, FakeTensor) or isinstance(work.g, FakeTensor):
         return True  # in a trace: a kernel allocates nothing of its own
     recipe = work.recipe
-    constants = (h.beta1, h.beta2, h.eps, h.weight_decay)
     inputs = _inputs(work, h)
-    names = list(inputs.tensors)
-    group = work.p.group if isinstance(work.p, Int8Weight) else 0
-    key = _key(inputs, recipe, constants, group)
-    program = _Program(recipe, constants, names, group)
-    scale: Tensor | None = None
-    if recipe.compose.cautious:
-        counted = _kernel_for((*key, "agreement"), recipe, program.agreement, list(inputs.tensors.values()), inputs.rows)
-        if counted is None:
-            return False
-        (sums,) = counted(*inputs.tensors.values())
-        scale = caution_scale(str(recipe.compose.cautious), sums, math.prod(recipe.view))
-        inputs.tensors[_SCALE] = scale
-    moves = _kernel_for(key, recipe, program.move, list(inputs.tensors.values()), inputs.rows)
-    if moves is None:
+    if inputs is None:
         return False
-    moves(*inputs.tensors.values())
+    group = work.p.group if isinstance(work.p, Int8Weight) else 0
+    program = _Program(recipe, (h.beta1, h.beta2, h.eps, h.weight_decay), group)
+    passes = recipe.method.visits(recipe.view, recipe.options)
+    if passes > 1:  # in one kernel what two passes need would be kept between them: the parameter's size once more
+        for number in range(passes):
+            sums = _run(program, inputs, number)
+            if sums is None:
+                return False
+            inputs.tensors.update({f"sums.{number}.{i}": t for i, t in enumerate(sums)})
+    if recipe.compose.cautious:
+        signs = _run(program, inputs, _AGREEMENT)
+        if signs is None:
+            return False
+        inputs.tensors[_SCALE] = caution_scale(str(recipe.compose.cautious), signs[0], math.prod(recipe.view))
+    if _run(program, inputs, _MOVE) is None:
+        return False
     if isinstance(work.p, Int8Weight):
         torch.autograd.graph.increment_version(work.p)
     return True
 
 
-def _key(inputs: _Inputs, recipe: Recipe, constants: _Constants, extra: Any) -> Any:
+def _run(program: _Program, inputs: _Inputs, what: int | str) -> tuple[Tensor, ...] | None:
+    """One kernel of a step; None if there is none."""
+    tensors = list(inputs.tensors.values())
+    key = _key(program, inputs, what)
+    kernel = _kernel_for(key, program.recipe, program.function(what, list(inputs.tensors)), inputs)
+    return None if kernel is None else tuple(kernel(*tensors))
+
+
+def _key(program: _Program, inputs: _Inputs, what: int | str) -> Any:
     layout = tuple(
         (
             name,
-            tuple(t.shape[1:]) if inputs.rows and _varies(t, inputs.rows) else (tuple(t.shape), t.stride()),
+            (times, *t.shape[1:]) if (times := inputs.times(t)) else (tuple(t.shape), t.stride()),
             t.dtype,
             t.device,
         )
         for name, t in inputs.tensors.items()
     )
+    recipe = program.recipe
     large = math.prod(recipe.view) > LARGEST_INT32
-    setting = recipe.method.name, recipe.options, recipe.compose, constants
-    return setting, layout, inputs.flat, bool(inputs.rows), large, extra
+    setting = recipe.method.name, recipe.options, recipe.compose, program.constants, program.group
+    return what, setting, layout, bool(inputs.rows), large
 
 
-def _inputs(work: Work, h: Hyper) -> _Inputs:
+def _inputs(work: Work, h: Hyper) -> _Inputs | None:
+    """What the kernels of this step are given: None if the parameter is not laid out as they want it."""
     recipe, p = work.recipe, work.p
     tensors: Tensors = {}
     if isinstance(p, Int8Weight):
@@ -207,13 +224,20 @@ def _inputs(work: Work, h: Hyper) -> _Inputs:
         tensors[_WEIGHTS] = p
     tensors[_GRADIENT] = work.g
     tensors.update({f"state.{name}": t for name, t in work.state.items() if not recipe.specs[name].host})
-    shape = recipe.view
-    flat = _flat(recipe, tensors)
-    if flat:
+    if p.device.type == "cuda" and any(t.data_ptr() % _ALIGNMENT for t in tensors.values()):
+        return None
+    width, rows, blocks = block_width(recipe), 0, 1
+    if width:
+        if not all(t.is_contiguous() for t in tensors.values()):
+            return None
+        row = math.prod(recipe.view[1:])
+        tensors = {name: _by_blocks(recipe, name, t, row, width) for name, t in tensors.items()}
+        rows, blocks = recipe.view[0], row // width
+    elif _shapeless(recipe, tensors):
         tensors = {name: t.view(-1) for name, t in tensors.items()}
-        shape = (math.prod(shape),)
-    rows = shape[0] if flat or _rows_vary(recipe, tensors) else 0
-    found = _Inputs(tensors, shape, flat, rows if rows > 1 else 0)
+        rows = math.prod(recipe.view)
+    elif _rows_vary(recipe, tensors):
+        rows = recipe.view[0]
     lr = h.lr if isinstance(h.lr, Tensor) else torch.tensor(h.lr, dtype=torch.float64)
     tensors[_LR] = lr
     tensors.update({f"scalar.{name}": t for name, t in work.scalars.items()})
@@ -221,13 +245,21 @@ def _inputs(work: Work, h: Hyper) -> _Inputs:
     for name, number in keys.items():
         if number is not None:
             tensors[f"key.{name}.low"], tensors[f"key.{name}.high"] = noise.halves(number)
-    return found
+    return _Inputs(tensors, rows if rows > 1 else 0, blocks)
 
 
-def _flat(recipe: Recipe, tensors: Tensors) -> bool:
+def _by_blocks(recipe: Recipe, name: str, tensor: Tensor, row: int, width: int) -> Tensor:
+    """A tensor that is cut like the parameter, as rows of one block; others as they are."""
+    name = name.removeprefix("state.")
+    held = {held for n in recipe.elementwise if n in recipe.coded for held in recipe.coded[n].names.values()}
+    cut = name in recipe.elementwise or name in held or name.startswith((_WEIGHTS, CORRECTION)) or name == _GRADIENT
+    return tensor.view(math.prod(recipe.view) // width, -1) if cut else tensor
+
+
+def _shapeless(recipe: Recipe, tensors: Tensors) -> bool:
     """Whether shape means nothing: an element-wise method, and all its tensors in row-major order."""
     method, options, view = recipe.method, recipe.options, recipe.view
-    if recipe.coded or recipe.blocks or method.rounds(options) or method.reduced_axes(view, options) != ():
+    if recipe.coded or recipe.blocks or method.visits(view, options) or method.reduced_axes(view, options) != ():
         return False
     return all(t.is_contiguous() and t.numel() == math.prod(view) for t in tensors.values())
 
@@ -235,101 +267,160 @@ def _flat(recipe: Recipe, tensors: Tensors) -> bool:
 def _rows_vary(recipe: Recipe, tensors: Tensors) -> bool:
     """Whether the number of rows need not be part of the kernel."""
     view = recipe.view
-    if len(view) < 2 or view[0] < 2 or recipe.method.reduced_axes(view, recipe.options) is None:
+    if len(view) < 2 or recipe.method.reduced_axes(view, recipe.options) is None:
         return False
     return all(t.is_contiguous() and t.ndim > 0 and t.shape[0] in (view[0], 1) for t in tensors.values())
 
 
 class _Program:
-    """The functions that are traced: of tensors in the order of ``names``."""
+    """What is traced for one recipe."""
 
-    def __init__(self, recipe: Recipe, constants: _Constants, names: list[str], group: int) -> None:
-        self.recipe, self.constants, self.names = recipe, constants, names
-        self.group = group
+    def __init__(self, recipe: Recipe, constants: _Constants, group: int) -> None:
+        self.recipe, self.constants, self.group = recipe, constants, group
 
-    def agreement(self, *tensors: Tensor) -> tuple[Tensor]:
-        """The sums that caution needs."""
-        one = _Box(self, dict(zip(self.names, tensors, strict=True)))
-        small, _ = one.prepare()
-        u = one.direction(small)
-        return (agreement(u, one.g),)
+    def function(self, what: int | str, names: list[str]) -> Callable[..., Any]:
+        """A function of tensors in the order of ``names``: the sums of a visit by its number, those of
+        caution (:data:`_AGREEMENT`), or the step (:data:`_MOVE`).
+        """
 
-    def move(self, *tensors: Tensor) -> tuple[()]:
-        """The step."""
-        names = [*self.names, _SCALE][: len(tensors)]
-        one = _Box(self, dict(zip(names, tensors, strict=True)))
-        one.move()
-        return ()
+        def traced(*tensors: Tensor) -> tuple[Tensor, ...]:
+            one = _Whole(self, dict(zip(names, tensors, strict=True)))
+            if isinstance(what, int):
+                return one.sums(what)
+            if what == _AGREEMENT:
+                return (one.agreement(),)
+            one.move()
+            return ()
+
+        return traced
 
 
-class _Box:
-    """A whole parameter in a kernel that is being traced."""
+def _held_once(small: Tensor) -> Tensor:
+    """``small``, computed once before the loop over the parameter: inductor would compute it anew for every element.
+
+    To it this is a view, and what is viewed is held in memory.
+    """
+    return small if small.ndim == 0 else small.as_strided(small.shape, small.stride())
+
+
+class _Enough(Exception):
+    """The sums that were wanted are there."""
+
+    def __init__(self, sums: Tensors) -> None:
+        super().__init__()
+        self.sums = sums
+
+
+class _Whole:
+    """A whole parameter in a kernel that is being traced.
+
+    Where state or weights are held in blocks of neighbours, the update sees everything as rows of one block: finding a
+    block's largest value and writing its codes are then the same loop, and what lies between never leaves the cache.
+    """
 
     def __init__(self, program: _Program, tensors: Tensors) -> None:
-        self.program, self.recipe, self.tensors = program, program.recipe, tensors
-        recipe = self.recipe
-        self.dtype = compute_dtype(recipe.dtype)
-        raw = tensors[_GRADIENT]
-        shape = tuple(raw.shape)
-        self.cuts = Cuts.whole(shape)
-        self.g = raw.to(self.dtype)
+        recipe = self.recipe = program.recipe
+        self.tensors, self.group = tensors, program.group
+        self.width = block_width(recipe) or 0
+        seen = tuple(tensors[_GRADIENT].shape)
+        if self.width:  # blocks, from outside: a kernel that turned rows into blocks before writing would write twice
+            row = math.prod(recipe.view[1:])
+            self.shape: Shape = (seen[0] // (row // self.width), *recipe.view[1:])
+        else:
+            self.shape = seen
         beta1, beta2, eps, weight_decay = program.constants
         self.h = Hyper(tensors[_LR], beta1, beta2, eps, weight_decay)
         scalars = {name.removeprefix("scalar."): t for name, t in tensors.items() if name.startswith("scalar.")}
-        self.ctx = Context(self.h, recipe.options, shape, scalars, coded=bool(recipe.coded))
-        self.weights = self._weights()
-        self._state: Tensors | None = None
+        self.ctx = Context(self.h, recipe.options, self.shape, scalars, coded=bool(recipe.coded))
 
-    def _weights(self) -> WeightPart:
-        tensors, shape = self.tensors, self.cuts.shape
-        if _WEIGHTS not in tensors:
-            held = tensors["p.codes"], tensors["p.scale"], tensors["p.zero"]
-            return Int8Part(held, self.program.group, shape, self.recipe.dtype)
-        prefix = f"state.{CORRECTION}"
-        extra = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        return self.recipe.form.parts(tensors[_WEIGHTS], extra, self.cuts)[0]
+    # ------------------------------------------------------------ what the kernel is given, as the method sees it
 
     def _key(self, name: str) -> noise.Key | None:
         low = self.tensors.get(f"key.{name}.low")
         return None if low is None else (low, self.tensors[f"key.{name}.high"])
 
+    def _stored(self, coded: Coded, elementwise: bool) -> tuple[Tensors, int]:
+        """What is held of a coded tensor, and the length of its rows."""
+        length = self.width if elementwise and self.width else coded.rows.length
+        return {suffix: self.tensors[f"state.{name}"] for suffix, name in coded.names.items()}, length
+
     def _held(self, name: str) -> Tensor:
-        """A logical state tensor, decoded where it is held in fewer bits."""
-        recipe, coded = self.recipe, self.recipe.coded.get(name)
+        """A logical state tensor, decoded where it is held in fewer bits; by blocks where it is cut so."""
+        coded, spec = self.recipe.coded.get(name), self.recipe.logical[name]
         if coded is None:
             return self.tensors[f"state.{name}"]
-        spec = recipe.logical[name]
-        stored = {suffix: self.tensors[f"state.{held}"] for suffix, held in coded.names.items()}
-        decoded = coded.codec.decode(stored, coded.rows.length, signed=coded.signed)
-        return decoded.view(self._shape_of(name)).to(spec.dtype)
+        decoded = coded.codec.decode(*self._stored(coded, spec.elementwise), signed=coded.signed).to(spec.dtype)
+        if spec.elementwise:
+            return decoded if self.width else decoded.view(self.shape)
+        return decoded.view(spec.shape)
 
-    def _shape_of(self, name: str) -> Shape:
-        spec = self.recipe.logical[name]
-        return self.cuts.shape if spec.elementwise else spec.shape
+    def _weights(self, shape: Shape) -> WeightPart:
+        tensors, cuts = self.tensors, Cuts.whole(shape)
+        if _WEIGHTS not in tensors:
+            held = tensors["p.codes"], tensors["p.scale"], tensors["p.zero"]
+            return Int8Part(held, self.group, shape, self.recipe.dtype)
+        prefix = f"state.{CORRECTION}"
+        extra = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        return self.recipe.form.parts(tensors[_WEIGHTS], extra, cuts)[0]
 
-    def _part(self, small: Tensors) -> Part:
+    def _part(self, small: Tensors, *, cut: bool = False) -> tuple[Part, WeightPart]:
+        """The parameter in its own shape, or with ``cut`` by blocks where there are any."""
+        g = self.tensors[_GRADIENT].to(compute_dtype(self.recipe.dtype))
+        weights = self._weights(tuple(g.shape))
+        by_blocks = bool(cut and self.width)
+        if by_blocks:
+            small = {name: self._over_blocks(t, self.width) for name, t in small.items()}
+        shape = tuple(g.shape) if by_blocks else self.shape
+        small = {name: _held_once(t) for name, t in small.items()}
+
         def state() -> Tensors:
-            if self._state is None:
-                self._state = {name: self._held(name) for name in self.recipe.elementwise}
-            return self._state
+            return {name: self._held(name).view(shape) for name in self.recipe.elementwise}
 
-        return Part(self.g, small, self.cuts.boxes[0], self.weights.load, state)
+        boxes = Cuts.whole(shape).boxes
+        return Part(g.view(shape), small, boxes[0], lambda: weights.load().view(shape), state), weights
 
-    def prepare(self) -> tuple[Tensors, Tensors]:
-        method = self.recipe.method
+    def _over_blocks(self, small: Tensor, width: int) -> Tensor:
+        """A tensor that broadcasts with the parameter, for the parameter as rows of ``width``."""
+        if small.ndim == 0:
+            return small
+        if math.prod(small.shape[1:]) == 1:
+            per_row = math.prod(self.shape[1:]) // width
+            return small.reshape(-1, 1).expand(self.shape[0], per_row).reshape(-1, 1)
+        return small.expand(self.shape).reshape(-1, width)
+
+    # ------------------------------------------------------------ what it does
+
+    def _prepare(self, until: int | None = None) -> tuple[Tensors, Tensors]:
+        """The method's, with the sums of earlier kernels; ends with :class:`_Enough` at visit ``until``."""
+        method, numbers = self.recipe.method, itertools.count()
 
         def visit(round_: Round, small: Tensors, shapes: dict[str, Shape]) -> Tensors:
-            return method.stats(self._part(small), self.ctx, round_)
+            number = next(numbers)
+            known = [t for name, t in self.tensors.items() if name.startswith(f"sums.{number}.")]
+            if known and number != until:
+                return dict(zip(shapes, known, strict=True))
+            sums = method.stats(self._part(small)[0], self.ctx, round_)
+            if number == until:
+                raise _Enough({name: sums[name] for name in shapes})
+            return sums
 
         return method.prepare(visit, {name: self._held(name) for name in self.recipe.factors}, self.ctx)
 
-    def direction(self, small: Tensors) -> Tensor:
-        return self.recipe.method.direction(self._part(small), self.ctx)
+    def sums(self, number: int) -> tuple[Tensor, ...]:
+        try:
+            self._prepare(number)
+        except _Enough as enough:
+            return tuple(enough.sums.values())
+        raise AssertionError(f"{self.recipe.method.name} has fewer than {number + 1} visits")
+
+    def agreement(self) -> Tensor:
+        part, _ = self._part(self._prepare()[0], cut=True)
+        return agreement(self.recipe.method.direction(part, self.ctx), part.g)
 
     def move(self) -> None:
         recipe = self.recipe
-        small, new = self.prepare()
-        part = self._part(small)
+        small, new = self._prepare()
+        part, weights = self._part(small, cut=True)
         u, changed = recipe.method.update(part, self.ctx)
         p = moved(part.p, part.g, u, self.tensors.get(_SCALE), self.h, recipe)
         for name, value in {**new, **changed}.items():
@@ -337,6 +428,18 @@ class _Box:
             if coded is None:
                 self.tensors[f"state.{name}"].copy_(value)
                 continue
-            targets = {suffix: self.tensors[f"state.{held}"] for suffix, held in coded.names.items()}
-            encode(coded, value.reshape(-1, coded.rows.length), self._key(name), 0, targets)
-        self.weights.store(p, noise_like(self._key(_WEIGHTS), 0, p))
+            stored, length = self._stored(coded, name in changed)
+            encode(coded, value.reshape(-1, length), self._key(name), 0, stored)
+        weights.store(p, noise_like(self._key(_WEIGHTS), 0, p))
+
+
+def block_width(recipe: Recipe) -> int | None:
+    """The elements of a block that all blocks divide; 0 where there are none, None where rows end within one."""
+    coded = [recipe.coded[name] for name in recipe.elementwise if name in recipe.coded]
+    blocks = [(c.rows, c.codec.block) for c in coded if c.codec.block] + ([recipe.blocks] if recipe.blocks else [])
+    if not blocks:
+        return 0
+    width = math.lcm(*(block for _, block in blocks))
+    row = math.prod(recipe.view[1:])
+    fits = all(rows.length % width == 0 for rows, _ in blocks) and row % width == 0
+    return width if fits and width <= _WIDEST else None

@@ -45,7 +45,10 @@ def _step_one(work: Work, h: Hyper) -> None:
     small, factors = recipe.method.prepare(visit, work.factors(), ctx)
     u, changed = recipe.method.update(part(small), ctx)
     mode = recipe.compose.cautious
-    scale = caution_scale(str(mode), agreement(u, g), math.prod(work.shape)) if mode else None
+    scale = None
+    if mode:
+        signs = agreement(recipe.method.direction(part(small), ctx), g)
+        scale = caution_scale(str(mode), signs, math.prod(work.shape))
     new = moved(p, g, u, scale, h, recipe)
     work.store_factors(factors)
     if isinstance(recipe.form, Nearest):

@@ -95,6 +95,9 @@ class Adafactor(Factored):
     def scalars(self, step: Tensor, h: Hyper, options: AdafactorOptions) -> Tensors:
         return {"newest": torch.pow(step, options.beta2_decay), "relative": step.rsqrt()}
 
+    def visits(self, shape: Shape, options: AdafactorOptions) -> int:
+        return 2 if len(shape) >= 2 else 1
+
     def newest(self, ctx: Context) -> Tensor:
         return ctx.scalars["newest"]
 

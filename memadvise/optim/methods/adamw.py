@@ -56,6 +56,9 @@ class AdamW(Method):
     def scalars(self, step: Tensor, h: Hyper, options: Any) -> Tensors:
         return adam_scalars(step, h)
 
+    def direction(self, part: Part, ctx: Context) -> Tensor:
+        return torch.lerp(part.state["exp_avg"], part.g, 1 - ctx.h.beta1)  # divided by something positive
+
     def update(self, part: Part, ctx: Context) -> tuple[Tensor, Tensors]:
         g, h, small = part.g, ctx.h, part.small
         m = torch.lerp(part.state["exp_avg"], g, 1 - h.beta1)

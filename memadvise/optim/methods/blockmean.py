@@ -159,6 +159,9 @@ class BlockMeanAdam(Method):
         scale = small["step_size"] / (v.sqrt().div_(small["bias2_sqrt"]).add_(h.eps))  # in place on its own tensor
         return {"scale": blocks.expand(scale).to(v.dtype)}, {"exp_avg_sq": v}
 
+    def direction(self, part: Part, ctx: Context) -> Tensor:
+        return torch.lerp(part.state["exp_avg"], part.g, 1 - ctx.h.beta1)  # divided by something positive
+
     def update(self, part: Part, ctx: Context) -> tuple[Tensor, Tensors]:
         m = torch.lerp(part.state["exp_avg"], part.g, 1 - ctx.h.beta1)
         return m * part.small["scale"], {"exp_avg": m}

@@ -106,6 +106,9 @@ class CAME(Factored):
             spec["exp_avg_res_col"] = StateSpec(column_shape(shape), dtype)
         return spec
 
+    def visits(self, shape: Shape, options: CAMEOptions) -> int:
+        return 3 if len(shape) >= 2 else 1
+
     def newest(self, ctx: Context) -> float:
         return 1 - ctx.h.beta2
 

@@ -37,6 +37,9 @@ class Lion(Method):
     def spec(self, shape: Shape, options: Any, dtype: torch.dtype) -> dict[str, StateSpec]:
         return {"exp_avg": StateSpec(shape, dtype, elementwise=True, moment="first")}
 
+    def direction(self, part: Part, ctx: Context) -> Tensor:
+        return torch.lerp(part.state["exp_avg"], part.g, 1 - ctx.h.beta1)
+
     def update(self, part: Part, ctx: Context) -> tuple[Tensor, Tensors]:
         m, h = part.state["exp_avg"], ctx.h
         u = torch.lerp(m, part.g, 1 - h.beta1).sign()

@@ -145,6 +145,9 @@ class StoredMethod(Method):
     def traceable(self, shape: Shape, options: Any) -> bool:
         return not isinstance(self.store(shape, options), LowRankStore)
 
+    def visits(self, shape: Shape, options: Any) -> int:
+        return 0 if isinstance(self.store(shape, options), DenseStore) else 1
+
     def reduced_axes(self, shape: Shape, options: Any) -> tuple[int, ...] | None:
         return self.store(shape, options).reduced_axes
 
