@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memadvise.errors import OptimizerError
 from memadvise.optim.executors import chunked, compiled, eager, fused
-from memadvise.optim.executors.work import Work
+from memadvise.optim.executors.work import Memo, Work
 from memadvise.optim.int8_tensor import Int8Weight
 from memadvise.optim.method import Hyper, Shape, StateSpec, Tensors, compute_dtype, device_type, read
 from memadvise.optim.noise import key_of
@@ -37,6 +37,7 @@ class Resolved:
     setting: Setting
     recipe: Recipe
     key: int
+    memo: Memo = field(default_factory=Memo, compare=False)
 
     @property
     def specs(self) -> dict[str, StateSpec]:
@@ -78,8 +79,22 @@ def _of_int8(name: str, setting: Setting) -> Setting:
     return Setting(setting.method, {**setting.options, "weights": "int8"})
 
 
+_chosen: dict[tuple[Any, ...], str] = {}  # what was decided before: at every step, of every parameter, it is the same
+
+
 def choose_executor(resolved: Resolved, p: Tensor, forced: str | None) -> str:
-    """``fused`` where it is the same arithmetic, else ``chunked``; ``eager`` for tensor subclasses such as DTensor."""
+    """``fused`` where it is the same arithmetic, ``compiled`` where that pays, else ``chunked``; ``eager`` for tensor
+    subclasses such as DTensor.
+    """
+    if type(p) is not nn.Parameter:  # fake, sharded, quantized: nothing that is stepped a thousand times a minute
+        return _choose_executor(resolved, p, forced)
+    key = (resolved.recipe, p.dtype, device_type(p), forced, compiled.number_of_failures())
+    if key not in _chosen:
+        _chosen[key] = _choose_executor(resolved, p, forced)
+    return _chosen[key]
+
+
+def _choose_executor(resolved: Resolved, p: Tensor, forced: str | None) -> str:
     if forced == "fused" and not fused.supports(resolved.recipe, p):
         raise OptimizerError(
             f"{resolved.name} ({resolved.setting.key}, {_short(p.dtype)}) cannot use the fused executor",
@@ -211,7 +226,7 @@ def run(items: Sequence[tuple[Resolved, Tensor, Tensor, Tensors]], h: Hyper, for
                 seen = p.reshape(recipe.view)
                 copied.append((p, seen))
             g = g.reshape(recipe.view)
-        work = Work(seen, g, state, recipe, key=resolved.key)
+        work = Work(seen, g, state, recipe, key=resolved.key, memo=resolved.memo)
         if executor == "fused" and not fused.aligned(work):
             executor = "chunked"
         buckets[executor].append(work)

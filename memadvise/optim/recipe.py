@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class Recipe:
     coded: dict[str, Coded]
     blocks: tuple[Rows, int] | None = None  # of the weights, where they are held in blocks
 
-    @property
+    @cached_property
     def form(self) -> WeightForm:
         """How the weights are written back."""
         return FORMS[self.compose.weights]
@@ -55,12 +55,12 @@ class Recipe:
         """The exact bytes of the stored state."""
         return sum(spec.num_bytes for spec in self.specs.values())
 
-    @property
+    @cached_property
     def elementwise(self) -> tuple[str, ...]:
         """The names of the logical state that is cut like the parameter."""
         return tuple(name for name, spec in self.logical.items() if spec.elementwise)
 
-    @property
+    @cached_property
     def factors(self) -> tuple[str, ...]:
         """The names of the factor-sized logical state, without the step."""
         return tuple(name for name, spec in self.logical.items() if not spec.elementwise and name != "step")

@@ -57,6 +57,7 @@ class Codec(ABC):
     summary: ClassVar[str]
     block: ClassVar[int]
     moments: ClassVar[tuple[str, ...]] = ("first", "second")
+    arithmetic: ClassVar[bool] = True  # computed, not looked up: what a compiler can vectorise for a CPU
 
     @abstractmethod
     def specs(self, rows: Rows, *, signed: bool) -> dict[str, StateSpec]:

@@ -32,6 +32,7 @@ class Dynamic8(BlockCodec):
     name = "dynamic8"
     summary = "dynamic 8-bit codes in blocks of 256: 1.02 bytes a value"
     block = 256
+    arithmetic = False
 
     def scales(self, values: Tensor, *, signed: bool) -> Tensor:
         low, high = extremes(values, self.block)

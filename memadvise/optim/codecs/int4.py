@@ -37,6 +37,7 @@ class Int4(BlockCodec):
     name = "int4"
     summary = "4-bit codes in blocks of 128, no zero in second moments: 0.53 bytes a value"
     block = 128
+    arithmetic = False
 
     def codes(self, rows: Rows, *, signed: bool) -> StateSpec:
         return StateSpec((rows.count, -(-rows.length // 2)), torch.uint8)

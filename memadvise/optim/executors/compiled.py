@@ -14,7 +14,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,15 +41,18 @@ _WIDEST = 4096  # elements of a block
 _ALIGNMENT = 16  # bytes, which a CUDA kernel reads at once
 
 
-def supports(recipe: Recipe) -> bool:
-    """Whether a step of this recipe can be one kernel."""
+def supports(recipe: Recipe, kind: str) -> bool:
+    """Whether a step of this recipe can be one kernel on a device of ``kind``."""
+    if kind == "cpu" and not all(coded.codec.arithmetic for coded in recipe.coded.values()):
+        return False  # element by element it is slower than the lookups of chunked, and takes a minute to compile
     fits = math.prod(recipe.view) > 0 and block_width(recipe) is not None
     return fits and recipe.method.traceable(recipe.view, recipe.options)
 
 
 def usable(recipe: Recipe, p: Tensor) -> bool:
     """Whether it can be tried here: nothing has failed yet."""
-    return not _failed(recipe, device_type(p)) and supports(recipe)
+    kind = device_type(p)
+    return not _failed(recipe, kind) and supports(recipe, kind)
 
 
 def wanted(recipe: Recipe, p: Tensor) -> bool:
@@ -63,8 +66,9 @@ def scratch_bytes(recipe: Recipe) -> int:
 
 
 def step(works: Sequence[Work], h: Hyper) -> None:
-    """One step of every parameter, one kernel each (two where caution counts first)."""
-    rest = [work for work in works if not _step_one(work, h)]
+    """One step of every parameter, in one kernel each, or a few where sums over all of it come first."""
+    lr = h.lr if isinstance(h.lr, Tensor) else torch.tensor(h.lr, dtype=torch.float64)
+    rest = [work for work in works if not _step_one(work, h, lr)]
     if rest:
         chunked.step(rest, h)
 
@@ -92,6 +96,11 @@ def _fail(family: Any, device: str, reason: str) -> None:
     )
 
 
+def number_of_failures() -> int:
+    """It grows when an executor that was chosen can no longer be."""
+    return len(_failures)
+
+
 def forget() -> None:
     """Drop every kernel and every failure."""
     _kernels.clear()
@@ -99,36 +108,31 @@ def forget() -> None:
     _failures.clear()
 
 
-def _kernel_for(key: Any, recipe: Recipe, function: Callable[..., Any], inputs: _Inputs) -> Kernel | None:
-    """The kernel ``key``, made now if there is none; None if there cannot be one."""
-    tensors, rows = list(inputs.tensors.values()), inputs.rows
-    kernel = _kernels.get(key)
-    if kernel is not None:
-        if kernel.holds(rows):
-            return kernel
-        key = (key, rows)  # it was made for another number of rows than this
-        if key in _kernels:
-            return _kernels[key]
-        varying = [0] * len(tensors)
-    else:
-        varying = [inputs.times(t) for t in tensors]
+def _kernel_for(plan: _Plan, what: int | str, given: Tensors) -> Kernel | None:
+    """The kernel for these tensors, made now if there is none; None if there cannot be one."""
+    recipe, key, tensors = plan.program.recipe, plan.key(what, given), list(given.values())
+    times = [plan.times(t) for t in tensors]
+    if key in _kernels and not _kernels[key].holds(plan.rows):  # it was made for another number of rows
+        key, times = (key, plan.rows), [0] * len(tensors)
+    if key in _kernels:
+        return _kernels[key]
     kind = tensors[0].device.type
     family = _family(recipe, kind)
     if _failed(recipe, kind):
         return None
-    if _counts.get(family, 0) >= MOST_KERNELS:
+    if _counts.get((what, family), 0) >= MOST_KERNELS:
         _fail(family, kind, f"there are more than {MOST_KERNELS} different shapes")
         return None
     try:
-        kernel = _kernels[key] = Kernel(function, tensors, varying)
+        _kernels[key] = Kernel(plan.program.function(what, list(given)), tensors, times)
     except Exception as error:  # whatever a compiler may raise: there is another way, and the reason is told
         reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
         if _no_compiler(error):
             _failures[kind] = reason
         _fail(family, kind, reason)
         return None
-    _counts[family] = _counts.get(family, 0) + 1
-    return kernel
+    _counts[what, family] = _counts.get((what, family), 0) + 1
+    return _kernels[key]
 
 
 def _no_compiler(error: BaseException) -> bool:
@@ -145,13 +149,107 @@ def _no_compiler(error: BaseException) -> bool:
 # ---------------------------------------------------------------- one parameter
 
 
-@dataclass
-class _Inputs:
-    """The tensors of one parameter by name."""
+def _step_one(work: Work, h: Hyper, lr: Tensor) -> bool:
+    """Whether the step was made."""
+    if isinstance(work.p, FakeTensor) or isinstance(work.g, FakeTensor):
+        return True  # in a trace: a kernel allocates nothing of its own
+    recipe = work.recipe
+    plan = _plan(work, h)
+    if plan is None:
+        return False
+    tensors = plan.gather(work, lr)
+    visits = recipe.method.visits(recipe.view, recipe.options)
+    if visits > 1:  # in one kernel what two visits need would be kept between them: the parameter's size once more
+        for number in range(visits):
+            sums = plan.run(number, tensors)
+            if sums is None:
+                return False
+            tensors.update({f"sums.{number}.{i}": t for i, t in enumerate(sums)})
+    if recipe.compose.cautious:
+        signs = plan.run(_AGREEMENT, tensors)
+        if signs is None:
+            return False
+        tensors[_SCALE] = caution_scale(str(recipe.compose.cautious), signs[0], math.prod(recipe.view))
+    if plan.run(_MOVE, tensors) is None:
+        return False
+    if isinstance(work.p, Int8Weight):
+        torch.autograd.graph.increment_version(work.p)
+    return True
 
-    tensors: Tensors
-    rows: int  # how many, where their number may vary from call to call; 0: it is a constant of the kernel
-    blocks: int  # in a row, where they are seen by blocks
+
+def _plan(work: Work, h: Hyper) -> _Plan | None:
+    """How this parameter is stepped, remembered while nothing changes that a kernel depends on. None: it cannot be."""
+    constants = (h.beta1, h.beta2, h.eps, h.weight_decay)
+    tensors = _own_tensors(work)
+    if work.p.device.type == "cuda" and any(t.data_ptr() % _ALIGNMENT for t in tensors.values()):
+        return None
+    contiguous = all(t.is_contiguous() for t in tensors.values())
+    kept = work.memo.plans.get(constants) if contiguous else None
+    if kept is not None and kept.dtype == work.g.dtype:
+        return kept
+    recipe, view = work.recipe, work.recipe.view
+    group = work.p.group if isinstance(work.p, Int8Weight) else 0
+    plan = _Plan(_Program(recipe, constants, group), work.g.dtype)
+    width = block_width(recipe)
+    if width:
+        if not contiguous:
+            return None
+        row = math.prod(view[1:])
+        plan.rows, plan.blocks = view[0], row // width
+        plan.views = {name: (math.prod(view) // width, -1) for name in tensors if _cut(recipe, name)}
+    elif contiguous and _shapeless(recipe, tensors):
+        plan.rows, plan.views = math.prod(view), dict.fromkeys(tensors, (-1,))
+    elif contiguous and _rows_vary(recipe, tensors):
+        plan.rows = view[0]
+    plan.rows = plan.rows if plan.rows > 1 else 0
+    if contiguous:
+        work.memo.plans[constants] = plan
+    return plan
+
+
+def _own_tensors(work: Work) -> Tensors:
+    """Weights, gradient and state by name."""
+    p, specs = work.p, work.recipe.specs
+    tensors: Tensors = {}
+    if isinstance(p, Int8Weight):
+        tensors["p.codes"], tensors["p.scale"], tensors["p.zero"] = p.region(0, p.numel())
+    else:
+        tensors[_WEIGHTS] = p
+    tensors[_GRADIENT] = work.g
+    for name, tensor in work.state.items():
+        if not specs[name].host:
+            tensors[f"state.{name}"] = tensor
+    return tensors
+
+
+@dataclass
+class _Plan:
+    """How one parameter is stepped.
+
+    ``rows``: how many, where their number may vary from call to call, so that parameters share kernels; 0: it is a
+    constant. ``blocks``: in a row, where tensors are seen by blocks. ``views``: the shapes in which kernels see them.
+    """
+
+    program: _Program
+    dtype: torch.dtype
+    rows: int = 0
+    blocks: int = 1
+    views: dict[str, Shape] = field(default_factory=dict)
+    kernels: dict[int | str, Kernel] = field(default_factory=dict)
+
+    def gather(self, work: Work, lr: Tensor) -> Tensors:
+        """What the kernels of this step are given."""
+        tensors = _own_tensors(work)
+        for name, shape in self.views.items():
+            tensors[name] = tensors[name].view(shape)
+        tensors[_LR] = lr
+        for name, scalar in work.scalars.items():
+            tensors[f"scalar.{name}"] = scalar
+        for name in (*work.recipe.coded, _WEIGHTS):
+            key = work.weight_key() if name == _WEIGHTS else work.noise_key(name)
+            if key is not None:
+                tensors[f"key.{name}.low"], tensors[f"key.{name}.high"] = noise.halves(key)
+        return tensors
 
     def times(self, tensor: Tensor) -> int:
         """How often the tensor's first axis holds the rows: 1, by blocks as often as these; 0: it does not."""
@@ -159,117 +257,49 @@ class _Inputs:
             return 0
         return {self.rows: 1, self.rows * self.blocks: self.blocks}.get(tensor.shape[0], 0)
 
+    def run(self, what: int | str, tensors: Tensors) -> tuple[Tensor, ...] | None:
+        """One kernel; None if there is none."""
+        kernel = self.kernels.get(what)
+        if kernel is None:
+            kernel = _kernel_for(self, what, tensors)
+            if kernel is None:
+                return None
+            self.kernels[what] = kernel
+        return tuple(kernel(*tensors.values()))
 
-def _step_one(work: Work, h: Hyper) -> bool:
-    """Whether the step was made."""
-    if isinstance(work.p, FakeTensor) or isinstance(work.g, FakeTensor):
-        return True  # in a trace: a kernel allocates nothing of its own
-    recipe = work.recipe
-    inputs = _inputs(work, h)
-    if inputs is None:
-        return False
-    group = work.p.group if isinstance(work.p, Int8Weight) else 0
-    program = _Program(recipe, (h.beta1, h.beta2, h.eps, h.weight_decay), group)
-    passes = recipe.method.visits(recipe.view, recipe.options)
-    if passes > 1:  # in one kernel what two passes need would be kept between them: the parameter's size once more
-        for number in range(passes):
-            sums = _run(program, inputs, number)
-            if sums is None:
-                return False
-            inputs.tensors.update({f"sums.{number}.{i}": t for i, t in enumerate(sums)})
-    if recipe.compose.cautious:
-        signs = _run(program, inputs, _AGREEMENT)
-        if signs is None:
-            return False
-        inputs.tensors[_SCALE] = caution_scale(str(recipe.compose.cautious), signs[0], math.prod(recipe.view))
-    if _run(program, inputs, _MOVE) is None:
-        return False
-    if isinstance(work.p, Int8Weight):
-        torch.autograd.graph.increment_version(work.p)
-    return True
-
-
-def _run(program: _Program, inputs: _Inputs, what: int | str) -> tuple[Tensor, ...] | None:
-    """One kernel of a step; None if there is none."""
-    tensors = list(inputs.tensors.values())
-    key = _key(program, inputs, what)
-    kernel = _kernel_for(key, program.recipe, program.function(what, list(inputs.tensors)), inputs)
-    return None if kernel is None else tuple(kernel(*tensors))
-
-
-def _key(program: _Program, inputs: _Inputs, what: int | str) -> Any:
-    layout = tuple(
-        (
-            name,
-            (times, *t.shape[1:]) if (times := inputs.times(t)) else (tuple(t.shape), t.stride()),
-            t.dtype,
-            t.device,
+    def key(self, what: int | str, tensors: Tensors) -> Any:
+        """Of a kernel: parameters with the same may share it."""
+        layout = tuple(
+            (name, (n, *t.shape[1:]) if (n := self.times(t)) else (tuple(t.shape), t.stride()), t.dtype, t.device)
+            for name, t in tensors.items()
         )
-        for name, t in inputs.tensors.items()
-    )
-    recipe = program.recipe
-    large = math.prod(recipe.view) > LARGEST_INT32
-    setting = recipe.method.name, recipe.options, recipe.compose, program.constants, program.group
-    return what, setting, layout, bool(inputs.rows), large
+        recipe = self.program.recipe
+        large = math.prod(recipe.view) > LARGEST_INT32
+        setting = recipe.method.name, recipe.options, recipe.compose, self.program.constants, self.program.group
+        return what, setting, layout, bool(self.rows), large
 
 
-def _inputs(work: Work, h: Hyper) -> _Inputs | None:
-    """What the kernels of this step are given: None if the parameter is not laid out as they want it."""
-    recipe, p = work.recipe, work.p
-    tensors: Tensors = {}
-    if isinstance(p, Int8Weight):
-        codes, scale, zero = p.region(0, p.numel())
-        tensors.update({"p.codes": codes, "p.scale": scale, "p.zero": zero})
-    else:
-        tensors[_WEIGHTS] = p
-    tensors[_GRADIENT] = work.g
-    tensors.update({f"state.{name}": t for name, t in work.state.items() if not recipe.specs[name].host})
-    if p.device.type == "cuda" and any(t.data_ptr() % _ALIGNMENT for t in tensors.values()):
-        return None
-    width, rows, blocks = block_width(recipe), 0, 1
-    if width:
-        if not all(t.is_contiguous() for t in tensors.values()):
-            return None
-        row = math.prod(recipe.view[1:])
-        tensors = {name: _by_blocks(recipe, name, t, row, width) for name, t in tensors.items()}
-        rows, blocks = recipe.view[0], row // width
-    elif _shapeless(recipe, tensors):
-        tensors = {name: t.view(-1) for name, t in tensors.items()}
-        rows = math.prod(recipe.view)
-    elif _rows_vary(recipe, tensors):
-        rows = recipe.view[0]
-    lr = h.lr if isinstance(h.lr, Tensor) else torch.tensor(h.lr, dtype=torch.float64)
-    tensors[_LR] = lr
-    tensors.update({f"scalar.{name}": t for name, t in work.scalars.items()})
-    keys = {name: work.noise_key(name) for name in recipe.coded} | {_WEIGHTS: work.weight_key()}
-    for name, number in keys.items():
-        if number is not None:
-            tensors[f"key.{name}.low"], tensors[f"key.{name}.high"] = noise.halves(number)
-    return _Inputs(tensors, rows if rows > 1 else 0, blocks)
-
-
-def _by_blocks(recipe: Recipe, name: str, tensor: Tensor, row: int, width: int) -> Tensor:
-    """A tensor that is cut like the parameter, as rows of one block; others as they are."""
+def _cut(recipe: Recipe, name: str) -> bool:
+    """Whether a tensor is cut like the parameter."""
     name = name.removeprefix("state.")
     held = {held for n in recipe.elementwise if n in recipe.coded for held in recipe.coded[n].names.values()}
-    cut = name in recipe.elementwise or name in held or name.startswith((_WEIGHTS, CORRECTION)) or name == _GRADIENT
-    return tensor.view(math.prod(recipe.view) // width, -1) if cut else tensor
+    return name in recipe.elementwise or name in held or name.startswith((_WEIGHTS, CORRECTION)) or name == _GRADIENT
 
 
 def _shapeless(recipe: Recipe, tensors: Tensors) -> bool:
-    """Whether shape means nothing: an element-wise method, and all its tensors in row-major order."""
+    """Whether shape means nothing: an element-wise method, all of whose tensors are of one size."""
     method, options, view = recipe.method, recipe.options, recipe.view
     if recipe.coded or recipe.blocks or method.visits(view, options) or method.reduced_axes(view, options) != ():
         return False
-    return all(t.is_contiguous() and t.numel() == math.prod(view) for t in tensors.values())
+    return all(t.numel() == math.prod(view) for t in tensors.values())
 
 
 def _rows_vary(recipe: Recipe, tensors: Tensors) -> bool:
-    """Whether the number of rows need not be part of the kernel."""
+    """Whether the number of rows need not be a constant."""
     view = recipe.view
     if len(view) < 2 or recipe.method.reduced_axes(view, recipe.options) is None:
         return False
-    return all(t.is_contiguous() and t.ndim > 0 and t.shape[0] in (view[0], 1) for t in tensors.values())
+    return all(t.ndim > 0 and t.shape[0] in (view[0], 1) for t in tensors.values())
 
 
 class _Program:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,16 @@ from memadvise.optim.weights import WeightPart
 _CODED_AT_ONCE = 128 * 1024  # elements of a factor-sized moment that are decoded or encoded at once
 
 
+class Memo:
+    """What an executor remembers of a parameter from step to step; a copy of the optimizer begins anew."""
+
+    def __init__(self) -> None:
+        self.plans: dict[Any, Any] = {}
+
+    def __reduce__(self) -> Any:
+        return Memo, ()
+
+
 @dataclass
 class Work:
     """One parameter in one step, in its viewed shape. ``state`` is changed in place; ``step`` is on the host."""
@@ -31,6 +42,7 @@ class Work:
     scalars: Tensors = field(default_factory=dict)
     key: int = 0
     step: int = 0
+    memo: Memo = field(default_factory=Memo)
 
     @property
     def shape(self) -> Shape:

@@ -69,7 +69,7 @@ def ema(old: Tensor, sums: Tensor, count: int, weight: float | Tensor, floor: fl
 
 def mixed(old: Tensor, new: Tensor, weight: float | Tensor) -> Tensor:
     """``torch.lerp``, which wants a weight of the tensors' dtype and device; exact for a weight of 1 where ``old`` is 0."""
-    return old + (new - old) * weight
+    return (old + (new - old) * weight).to(old.dtype)  # 0-dim values would take the weight's dtype
 
 
 def row_scale(rows: Tensor) -> Tensor:
