@@ -1,0 +1,206 @@
+"""The compiled executor agrees with eager, compiles once, allocates nothing, and steps aside with one warning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from memadvise.memory.allocator_log import allocator_log
+from memadvise.optim import quantize_weights
+from memadvise.optim.executors import compiled
+from memadvise.optim.optimizer import MemadviseOptimizer
+from memadvise.plan.schema import Setting
+
+pytestmark = pytest.mark.slow  # a kernel takes a second or two to compile
+
+INT8 = {"first_moment": "int8", "second_moment": "int8"}
+SETTINGS = [
+    Setting("adamw", {"compat": "official"}),
+    Setting("adamw", {"cautious": True}),
+    Setting("adamw", {"cautious": "paper", "cautious_decay": True, "first_moment": "bf16"}),
+    Setting("adamw", INT8),
+    Setting("slimadam", {"axes": [1]}),
+    Setting("slimadam", {"axes": [0]}),
+    Setting("slimadam", {"axes": [0, 1]}),
+    Setting("slimadam", {"axes": [1], "first_moment": "int8", "cautious": True}),
+    Setting("adam_mini", {"partition": "head", "heads": 4}),
+    Setting("lion", {"first_moment": "int8"}),
+    Setting("sgd"),
+    Setting("adafactor"),
+    Setting("adafactor", {"momentum": 0.9, "step_size": "relative"}),
+    Setting("came", {"correct_instability": True}),
+    Setting("rmsprop", {"store": "factored"}),
+    Setting("rmsprop", {"store": "mean", "momentum": 0.9}),
+    Setting("adagrad"),
+]
+FORMS = [
+    (Setting("slimadam", {"axes": [1], "weights": "stochastic"}), torch.bfloat16),
+    (Setting("lion", {"weights": "ecc8"}), torch.bfloat16),
+    (Setting("sgd", {"weights": "ecc16"}), torch.float16),
+    (Setting("adamw", {"weights": "int8"}), torch.float32),
+    (Setting("slimadam", {"axes": [0]}), torch.bfloat16),
+    (Setting("lion"), torch.float64),
+]
+ROWS = (64, 192)  # one kernel for both
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    compiled.forget()
+    yield
+    compiled.forget()
+
+
+class Matrices(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float32, rows: tuple[int, ...] = ROWS, columns: int = 128) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        made = [torch.randn(n, columns, generator=generator) for n in rows]
+        self.matrices = nn.ParameterList(nn.Parameter(m.to(dtype)) for m in made)
+
+
+def run(model: nn.Module, setting: Setting, executor: str | None, steps: int = 4) -> MemadviseOptimizer:
+    """Some steps on a schedule of learning rates, with the same gradients for every executor."""
+    if setting.options.get("weights") == "int8":
+        quantize_weights(model)
+    optimizer = MemadviseOptimizer(model.named_parameters(), setting, lr=1e-2, weight_decay=0.1, executor=executor)
+    generator = torch.Generator().manual_seed(1)
+    for number in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-2 / (number + 1)
+        for p in model.parameters():
+            p.grad = (torch.randn(p.shape, generator=generator) * 0.1).to(p.dtype)
+        optimizer.step()
+    return optimizer
+
+
+def close(left: Tensor, right: Tensor, tolerance: float, *, codes: bool) -> None:
+    """Equal but for rounding; of codes and of what was rounded at random few may have fallen the other way."""
+    left, right = left.double(), right.double()
+    near = (left - right).abs() <= tolerance * (1 + right.abs())
+    assert near.double().mean() >= (0.999 if codes else 1.0), (left - right).abs().max()
+
+
+def agree(setting: Setting, dtype: torch.dtype) -> None:
+    oracle, model = Matrices(dtype), Matrices(dtype)
+    slow, quick = run(oracle, setting, "eager"), run(model, setting, "compiled")
+    assert {m.executor for m in quick.memory()} == {"compiled"}
+    tolerance = 4 * torch.finfo(dtype).eps if dtype != torch.float32 else 2e-6
+    rounded = any(key in setting.options for key in ("first_moment", "second_moment", "weights"))
+    for p, q in zip(oracle.parameters(), model.parameters(), strict=True):
+        close(q.dequantize() if hasattr(q, "dequantize") and setting.options.get("weights") == "int8" else q.detach(),
+              p.dequantize() if setting.options.get("weights") == "int8" else p.detach(), tolerance, codes=rounded)
+        for name, value in slow.state[p].items():
+            held = quick.state[q][name]
+            assert held.dtype == value.dtype
+            codes = not value.is_floating_point() or rounded
+            close(held, value, 0.0 if not value.is_floating_point() else max(tolerance, 1e-5), codes=codes)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.key)
+def test_agrees_with_eager(setting: Setting) -> None:
+    agree(setting, torch.float32)
+    kinds = {key[0] if not isinstance(key[0], tuple) else key[0][0] for key in compiled._kernels}
+    # one kernel for all numbers of rows, but where blocks of rows are cut
+    shared = 1 if setting.method != "adam_mini" else len(ROWS)
+    assert len(compiled._kernels) == shared * len(kinds)
+
+
+@pytest.mark.parametrize(("setting", "dtype"), FORMS, ids=lambda x: getattr(x, "key", str(x)))
+def test_weights_of_every_form_and_dtype(setting: Setting, dtype: torch.dtype) -> None:
+    agree(setting, dtype)
+
+
+def test_a_schedule_compiles_nothing_anew() -> None:
+    from torch._dynamo.utils import counters
+
+    model = Matrices()
+    optimizer = run(model, Setting("slimadam", {"axes": [1]}), "compiled", steps=1)
+    kernels, before = dict(compiled._kernels), {name: dict(count) for name, count in counters.items()}
+    for number in range(5):
+        optimizer.param_groups[0]["lr"] = torch.tensor(1e-3 / (number + 1)) if number % 2 else 1e-3 / (number + 1)
+        optimizer.step()
+    assert {name: dict(count) for name, count in counters.items() if count} == {k: v for k, v in before.items() if v}
+    assert len(compiled._kernels) == len(kernels) + 1  # a learning rate of another dtype: float32, as a tensor's is
+
+
+def test_nothing_of_a_parameters_size_is_allocated() -> None:
+    for setting in (Setting("slimadam", {"axes": [1]}), Setting("slimadam", {"axes": [0]}), Setting("adafactor")):
+        model = Matrices(rows=(4096,), columns=256)
+        optimizer = run(model, setting, "compiled", steps=2)
+        with allocator_log() as log:
+            optimizer.step()
+        level = peak = 0
+        for size in log.sizes():
+            level += size
+            peak = max(peak, level)
+        (memory,) = optimizer.memory()
+        assert peak <= memory.scratch_bytes + 4096  # and 0-dim tensors
+        assert memory.scratch_bytes < 4096 * 256 * 4 // 4
+
+
+def test_a_failure_is_told_once_and_chunked_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no such instruction\nand a page of log")
+
+    monkeypatch.setattr(compiled, "Kernel", broken)
+    model, twin = Matrices(), Matrices()
+    with pytest.warns(UserWarning, match="slimadam on cpu runs without a compiled kernel.*no such instruction$") as told:
+        optimizer = run(model, Setting("slimadam", {"axes": [1]}), "compiled")
+    assert len(told) == 1
+    run(twin, Setting("slimadam", {"axes": [1]}), "chunked")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert {m.executor for m in optimizer.memory()} == {"chunked"}
+
+
+def test_without_a_compiler_nothing_is_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    class InvalidCxxCompiler(RuntimeError):
+        pass
+
+    def broken(*_: Any) -> None:
+        tried.append(1)
+        raise RuntimeError("wrapped") from InvalidCxxCompiler("no C++ compiler")
+
+    monkeypatch.setattr(compiled, "Kernel", broken)
+    with pytest.warns(UserWarning, match="without a compiled kernel"):
+        run(Matrices(), Setting("lion"), "compiled")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(Matrices(), Setting("sgd"), "compiled")
+    assert len(tried) == 1
+
+
+def test_too_many_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "MOST_KERNELS", 0)
+    with pytest.warns(UserWarning, match="more than 0 different shapes"):
+        run(Matrices(), Setting("lion"), "compiled")
+
+
+def test_small_tensors_are_not_compiled_unasked() -> None:
+    optimizer = run(Matrices(), Setting("lion"), None)
+    assert {m.executor for m in optimizer.memory()} == {"chunked"}
+    assert not compiled._kernels
+    large = Matrices(rows=(compiled.LEAST["cpu"] // 128,))
+    assert MemadviseOptimizer(large.named_parameters(), Setting("lion"), lr=1e-3).memory()[0].executor == "compiled"
+
+
+def test_a_users_own_compilation_of_the_step_works() -> None:
+    setting = Setting("slimadam", {"axes": [1]})
+    model, twin = Matrices(), Matrices()
+    run(twin, setting, "chunked", steps=3)
+    optimizer = MemadviseOptimizer(model.named_parameters(), setting, lr=1e-2, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(1)
+    step = torch.compile(optimizer.step)
+    for number in range(3):
+        optimizer.param_groups[0]["lr"] = 1e-2 / (number + 1)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator) * 0.1
+        step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6)
