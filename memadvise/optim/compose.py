@@ -10,6 +10,7 @@ Combinations that would do nothing, or harm, are refused with the reason.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, TypedDict
 
 from memadvise.optim.codecs.table import CODECS
@@ -81,7 +82,7 @@ class Compose:
         if not is_int(self.seed):
             raise OptionProblem("seed", f"seed should be an integer, found {self.seed!r}")
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether nothing is combined: the method alone."""
         return replace(self, seed=0, rounding="stochastic") == PLAIN

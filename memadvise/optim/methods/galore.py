@@ -52,7 +52,7 @@ from memadvise.optim.method import (
     is_number,
 )
 from memadvise.optim.methods.blockmean import COMPAT_HELP, update_bound
-from memadvise.optim.methods.projected import Projected, ProjectedOptions, Sides, check_rank, moments
+from memadvise.optim.methods.projected import Moments, Projected, ProjectedOptions, Sides, check_rank, moments
 
 _BLOCKS = 8  # the gradient is seen in so many blocks of rows for its Gram matrix
 _LEAST_ROWS = 32
@@ -124,13 +124,16 @@ class GaLore(Projected):
         g = part.g if sides.by_rows else part.g.mT
         return {sides.channels: g @ part.small[sides.coordinates]}
 
-    def project(self, visit: Visit, state: Tensors, ctx: Context) -> tuple[Tensors, Tensors]:
+    def project(
+        self, visit: Visit, state: Tensors, ctx: Context, update: Moments | None = None
+    ) -> tuple[Tensors, Tensors]:
         sides, options, small = self.sides(ctx.shape, ctx.options), ctx.options, ctx.scalars
         p, new = state["projection"], dict[str, Tensor]()
         if self.turn(ctx):
             p = new["projection"] = leading(_gram(visit, sides), p)
         r = visit(0, {sides.coordinates: p}, {sides.channels: sides.projected}).pop(sides.channels)
-        m, v = moments(r, state, ctx.h)
+        m, v = (update or moments)(r, state, ctx.h)
+        del r
         new.update(exp_avg=m, exp_avg_sq=v)
         direction = v.sqrt()
         if options.compat:

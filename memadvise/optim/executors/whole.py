@@ -1,0 +1,148 @@
+"""Steps of low-rank methods on a whole parameter, in place, on the CPU and with nothing composed.
+
+These methods do not fit "see the gradient box by box, then move box by box": the state is that of a projection, or of
+few coordinates, and belongs to other pieces of the parameter than a box. Here each cuts the parameter as its own state
+is cut, keeps what belongs to a piece in the cache until it is done with it, and makes no copy of the state.
+
+Each must agree with the pure functions it stands for, as the forms in :mod:`.inplace` must; the same test compares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from memadvise.optim.executors.work import Work
+from memadvise.optim.method import Context, Hyper, compute_dtype, device_type
+from memadvise.optim.methods.apollo import Apollo, adam_norm, squares
+from memadvise.optim.methods.projected import Projected, update_moments
+from memadvise.optim.methods.sketch import draw, draw_bytes, project
+from memadvise.optim.recipe import Recipe
+
+_ELEMENTS = 384 * 1024  # of a piece with what belongs to it: half of a core's L2 cache
+_LARGEST_RATE = 1e6  # of decay to step size; above, the sum of gradient and weights would lose the gradient
+
+
+@lru_cache(maxsize=8192)
+def supports(recipe: Recipe, device: str) -> bool:
+    """Whether :func:`step` has a form for it; the caller sees to it that nothing is composed."""
+    return (
+        device == "cpu"
+        and recipe.method.name in _STEPS
+        and compute_dtype(recipe.dtype) == recipe.dtype
+        and math.prod(recipe.view) > 0
+        and _STEPS[recipe.method.name][0](recipe)
+    )
+
+
+def step(work: Work, h: Hyper) -> bool:
+    """Step ``work`` if there is a form for it; whether there was."""
+    if not supports(work.recipe, device_type(work.p)) or work.p.dtype != work.recipe.dtype:
+        return False
+    _STEPS[work.recipe.method.name][1](work, work.context(h))
+    return True
+
+
+def scratch_bytes(recipe: Recipe) -> int:
+    """Upper bound of what :func:`step` allocates."""
+    return _STEPS[recipe.method.name][2](recipe)
+
+
+def _runs(count: int, each: int) -> Iterator[slice]:
+    """Neighbours among ``count`` of ``each`` elements, as many as make a piece."""
+    some = max(_ELEMENTS // max(each, 1), 1)
+    for first in range(0, count, some):
+        yield slice(first, min(first + some, count))
+
+
+def _move(p: Tensor, g: Tensor, scale: Tensor, ctx: Context) -> None:
+    """``p <- p decay - scale g`` for one factor, or one for each row or column."""
+    h = ctx.h
+    plain = p.is_contiguous() and g.is_contiguous() and not isinstance(p, FakeTensor)
+    if scale.numel() == 1 and h.weight_decay and plain:
+        size = float(scale)
+        rate = float(h.lr) * h.weight_decay / size if size else math.inf
+        if rate < _LARGEST_RATE:  # in one pass: p - size (g + rate p)
+            torch._fused_sgd_(
+                [p], [g], [], weight_decay=rate, momentum=0.0, lr=size, dampening=0.0, nesterov=False, maximize=False,
+                is_first_step=False,
+            )  # fmt: skip
+            return
+    for rows in _runs(p.shape[0], p.shape[1]):
+        part = p[rows]
+        if h.weight_decay:
+            part.mul_(h.decay)
+        part.addcmul_(g[rows], scale[rows] if scale.shape[0] > 1 else scale, value=-1)
+
+
+# ---------------------------------------------------------------- APOLLO
+
+
+def _is_matrix(recipe: Recipe) -> bool:
+    return len(recipe.view) == 2 and not Projected.dense(recipe.view)
+
+
+def _apollo(work: Work, ctx: Context) -> None:
+    """A piece is a number of channels: projected, moments, norms, and its squares, before the next is looked at. Where
+    columns are the channels, R is summed over pieces of rows first.
+    """
+    method, options, p, g, state = work.recipe.method, ctx.options, work.p, work.g, work.state
+    assert isinstance(method, Apollo)
+    sides = method.sides(ctx.shape, options)
+    kind, key, rank, by_rows = options.projection, method.projection_key(ctx), sides.rank, sides.by_rows
+    drawn = draw(kind, key, sides.m, rank, p)
+    norm, adam, square = p.new_zeros(3, sides.n, 1).unbind()
+    eps = ctx.scalars["bias2_sqrt"] * ctx.h.eps
+    limited, small = options.limiter is not None, sides.n * rank <= _ELEMENTS // 4
+    r = None
+    if small or not by_rows:
+        r = p.new_zeros((sides.n, rank) if by_rows else (rank, sides.n))
+        for rows in _runs(sides.rows, sides.columns + (0 if by_rows else rank)):
+            part, out = g[rows], r[rows] if by_rows else r
+            here, first = (drawn, 0) if by_rows else (drawn[rows], rows.start)
+            project(part, here, kind, key, sides.m, rank, first, by_rows=by_rows, out=out)
+            if limited:
+                found = squares(part, sides, options).view(-1)
+                square[rows.start if by_rows else 0 :][: found.numel(), 0] += found
+    for some in _runs(sides.n, 4 * rank + (sides.m if r is None else 0)):
+        if r is None:
+            part = g[some]
+            r_part = project(part, drawn, kind, key, sides.m, rank, 0, by_rows=True)
+            if limited:
+                found = squares(part, sides, options)
+                square[some][: found.numel()] = found
+        else:
+            r_part = r[some] if by_rows else r[:, some].mT.contiguous()
+        moments = {name: state[name][some] for name in ("exp_avg", "exp_avg_sq")}
+        m, v = update_moments(r_part, moments, ctx.h)
+        torch.linalg.vector_norm(r_part, dim=-1, keepdim=True, out=norm[some])
+        adam[some] = adam_norm(m, v, eps, (-1,), ctx)
+    if options.scaling == "tensor":
+        norm, adam = (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) for x in (norm, adam))
+        square = square.sum((-2, -1), keepdim=True)
+    if not by_rows:
+        norm, adam, square = norm.mT, adam.mT, square.mT
+    scale, norms = method.scale(adam, norm, None if not limited else square, state, ctx)
+    for name, value in norms.items():
+        state[name].copy_(value)
+    _move(p, g, scale, ctx)
+
+
+def _apollo_bytes(recipe: Recipe) -> int:
+    method, options = recipe.method, recipe.options
+    assert isinstance(method, Apollo)
+    sides = method.sides(recipe.view, options)
+    some = min(max(_ELEMENTS // sides.m, 1), sides.n)
+    pieces = recipe.dtype.itemsize * (4 * some * sides.rank + (0 if sides.by_rows else sides.n * sides.rank))
+    return draw_bytes(options.projection, sides.m, sides.rank) + pieces + 8 * recipe.dtype.itemsize * sides.n + 4096
+
+
+_STEPS: dict[str, tuple[Callable[[Recipe], bool], Callable[[Work, Context], None], Callable[[Recipe], int]]] = {
+    "apollo": (_is_matrix, _apollo, _apollo_bytes),
+    "apollo_mini": (_is_matrix, _apollo, _apollo_bytes),
+}
