@@ -50,7 +50,7 @@ def _buffers(dtype: torch.dtype) -> int:
 
 def scratch_bytes(recipe: Recipe, kind: str) -> int:
     """Upper bound of what a step on a parameter allocates: the scratch, and a handful of factor-sized tensors."""
-    if _kernel(recipe) is not None and whole.supports(recipe, kind):
+    if whole.supports(recipe, kind):
         return whole.scratch_bytes(recipe)
     local, cuts = _layout(recipe, box_limit(recipe, kind))
     itemsize = compute_dtype(recipe.dtype).itemsize
@@ -113,7 +113,7 @@ class _Scratch:
 
 def step(works: Sequence[Work], h: Hyper) -> None:
     """One step of every parameter, one after the other."""
-    rest = [work for work in works if not (_kernel(work.recipe) is not None and whole.step(work, h))]
+    rest = [work for work in works if not whole.step(work, h)]
     scratch = _Scratch(rest)
     for work in rest:
         _Stepper(work, h, scratch).run()

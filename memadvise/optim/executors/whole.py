@@ -18,21 +18,27 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from memadvise.optim.executors.work import Work
-from memadvise.optim.method import Context, Hyper, compute_dtype, device_type
+from memadvise.optim.method import Context, Hyper, Round, Shape, Tensors, compute_dtype, device_type, read
+from memadvise.optim.methods import srsi
+from memadvise.optim.methods.adapprox import Adapprox
 from memadvise.optim.methods.apollo import Apollo, adam_norm, squares
 from memadvise.optim.methods.projected import Projected, update_moments
 from memadvise.optim.methods.sketch import draw, draw_bytes, project
+from memadvise.optim.methods.stores import LowRankStore, Mix
 from memadvise.optim.recipe import Recipe
 
 _ELEMENTS = 384 * 1024  # of a piece with what belongs to it: half of a core's L2 cache
+_FEW = 8  # columns of a product that are made as rows
 _LARGEST_RATE = 1e6  # of decay to step size; above, the sum of gradient and weights would lose the gradient
 
 
 @lru_cache(maxsize=8192)
 def supports(recipe: Recipe, device: str) -> bool:
-    """Whether :func:`step` has a form for it; the caller sees to it that nothing is composed."""
+    """Whether :func:`step` has a form for it."""
     return (
         device == "cpu"
+        and recipe.compose.plain
+        and not getattr(recipe.options, "compat", None)
         and recipe.method.name in _STEPS
         and compute_dtype(recipe.dtype) == recipe.dtype
         and math.prod(recipe.view) > 0
@@ -142,7 +148,109 @@ def _apollo_bytes(recipe: Recipe) -> int:
     return draw_bytes(options.projection, sides.m, sides.rank) + pieces + 8 * recipe.dtype.itemsize * sides.n + 4096
 
 
+# ---------------------------------------------------------------- Adapprox
+
+
+def _is_factored(recipe: Recipe) -> bool:
+    method, options = recipe.method, recipe.options
+    assert isinstance(method, Adapprox)
+    native = not options.adam and not options.guidance
+    return native and len(recipe.view) == 2 and isinstance(method.store(recipe.view, options), LowRankStore)
+
+
+class _Seconds:
+    """The second moment of a matrix, rebuilt piece by piece in one buffer of the cache's size."""
+
+    def __init__(self, work: Work, mix: Mix) -> None:
+        self.g, self.mix, self.state = work.g, mix, work.state
+        rows, columns = work.shape
+        self.runs = list(_runs(rows, 4 * columns))
+        self.buffer = work.p.new_empty(self.runs[0].stop, columns)
+
+    def pieces(self, small: Tensors) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Rows, their gradient, and ``decay max(Q U^T, 0) + weight G^2``, which may be written to."""
+        left, right = small["q"] * self.mix.decay, small["u"].mT.contiguous()
+        for rows in self.runs:
+            g, v = self.g[rows], self.buffer[: rows.stop - rows.start]
+            torch.mm(left[rows], right, out=v)
+            yield rows, g, v.clamp_(min=0).addcmul_(g, g, value=self.mix.weight)
+
+    def ratios(self, small: Tensors, eps: float) -> Iterator[tuple[slice, Tensor]]:
+        """Rows, and their ``G / (sqrt(V) + eps)``, which may be written to."""
+        for rows, g, v in self.pieces(small):
+            v.sqrt_()
+            if eps:
+                v.add_(eps)
+            yield rows, torch.div(g, v, out=v)
+
+    def visit(self, round_: Round, small: Tensors, shapes: dict[str, Shape]) -> Tensors:
+        """A pass of the factorisation; products are formed with the long side last, as gemm likes it."""
+        if round_ == "square":
+            return {"total": torch.stack([srsi.square(v) for _, _, v in self.pieces(small)]).sum(0)}
+        if round_ == "times":
+            right = small["right"]
+            if right.shape[-1] > _FEW:
+                product = torch.empty(shapes["rows"], dtype=right.dtype, device=right.device)
+                for rows, _, v in self.pieces(small):
+                    torch.mm(v, right, out=product[rows])
+                return {"rows": product}
+            turned = right.mT.contiguous()
+            product = turned.new_empty(shapes["rows"][::-1])
+            for rows, _, v in self.pieces(small):
+                product[:, rows] = turned @ v.mT
+            return {"rows": product.mT}
+        turned = small["left"].mT.contiguous()
+        product = turned.new_zeros(shapes["columns"][::-1])
+        for rows, _, v in self.pieces(small):
+            product.addmm_(turned[:, rows], v)
+        return {"columns": product.mT}
+
+
+def _adapprox(work: Work, ctx: Context) -> None:
+    """As many passes over pieces of V as the factorisation asks for, one for the clip, and one that moves."""
+    method, options, h, p, g = work.recipe.method, ctx.options, ctx.h, work.p, work.g
+    assert isinstance(method, Adapprox)
+    store, mix = method.store(ctx.shape, options), method.mix_of(ctx)
+    seconds = _Seconds(work, mix)
+    small, new = store.prepare(seconds.visit, work.factors(), ctx, mix)
+    clip = 1.0
+    if options.clip:
+        flat = [torch.dot(x.view(-1), x.view(-1)) for _, x in seconds.ratios(small, h.eps)]
+        total = read(torch.stack(flat).to(torch.float64).sum(), 0.0)
+        if not math.isfinite(total):
+            flat = [x.nan_to_num_(0.0, 0.0, 0.0).square_().sum() for _, x in seconds.ratios(small, h.eps)]
+            total = read(torch.stack(flat).to(torch.float64).sum(), 0.0)
+        clip = 1 / max(math.sqrt(total / g.numel()) / options.clip, 1.0)
+    lr, size = h.lr, 1 - (1 - h.beta1) * clip
+    step_size = float(lr) if not isinstance(lr, Tensor) else read(lr, 0.0)
+    m = work.state.get("exp_avg")
+    plain = p.is_contiguous() and (m is None or m.is_contiguous()) and not isinstance(p, FakeTensor)
+    for rows, x in seconds.ratios(small, h.eps):
+        part = p[rows]
+        if h.weight_decay:
+            part.mul_(h.decay)
+        if m is None:
+            part.sub_(x, alpha=step_size * clip)
+        elif plain:  # m <- b1 m + (1 - b1) clip x;  p <- p - lr m
+            torch._fused_sgd_(
+                [part], [x], [m[rows]], weight_decay=0.0, momentum=h.beta1, lr=step_size, dampening=size,
+                nesterov=False, maximize=False, is_first_step=False,
+            )  # fmt: skip
+        else:
+            part.sub_(m[rows].lerp_(x.mul_(clip), 1 - h.beta1), alpha=step_size)
+    work.store_factors(new)  # last: the update divides by the old ones
+
+
+def _adapprox_bytes(recipe: Recipe) -> int:
+    rows, columns = recipe.view
+    piece = min(max(_ELEMENTS // (4 * columns), 1), rows) * columns
+    once = 0 if recipe.options.adapt_every == 0 else 3 * 8 * piece // 8 + 4096  # float64 copies of parts of a piece
+    factors = 2 * recipe.options.ranks(recipe.view).rank * (rows + columns)
+    return recipe.dtype.itemsize * (piece + factors) + once + recipe.method.scratch_bytes(recipe.view, recipe.options)
+
+
 _STEPS: dict[str, tuple[Callable[[Recipe], bool], Callable[[Work, Context], None], Callable[[Recipe], int]]] = {
     "apollo": (_is_matrix, _apollo, _apollo_bytes),
     "apollo_mini": (_is_matrix, _apollo, _apollo_bytes),
+    "adapprox": (_is_factored, _adapprox, _adapprox_bytes),
 }
