@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from memadvise.optim.executors.work import Work
 from memadvise.optim.method import Context, Hyper, Round, Shape, Tensors, compute_dtype, device_type, read
-from memadvise.optim.methods import srsi
+from memadvise.optim.methods import micro_adam, srsi
 from memadvise.optim.methods.adapprox import Adapprox
 from memadvise.optim.methods.apollo import Apollo, adam_norm, squares
 from memadvise.optim.methods.projected import Projected, update_moments
@@ -164,12 +165,13 @@ class _Seconds:
     def __init__(self, work: Work, mix: Mix) -> None:
         self.g, self.mix, self.state = work.g, mix, work.state
         rows, columns = work.shape
-        self.runs = list(_runs(rows, 4 * columns))
+        self.runs = list(_runs(rows, 3 * columns))
         self.buffer = work.p.new_empty(self.runs[0].stop, columns)
 
     def pieces(self, small: Tensors) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Rows, their gradient, and ``decay max(Q U^T, 0) + weight G^2``, which may be written to."""
         left, right = small["q"] * self.mix.decay, small["u"].mT.contiguous()
+        self.runs.reverse()  # begin with what the pass before has left in the cache
         for rows in self.runs:
             g, v = self.g[rows], self.buffer[: rows.stop - rows.start]
             torch.mm(left[rows], right, out=v)
@@ -243,14 +245,64 @@ def _adapprox(work: Work, ctx: Context) -> None:
 
 def _adapprox_bytes(recipe: Recipe) -> int:
     rows, columns = recipe.view
-    piece = min(max(_ELEMENTS // (4 * columns), 1), rows) * columns
+    piece = min(max(_ELEMENTS // (3 * columns), 1), rows) * columns
     once = 0 if recipe.options.adapt_every == 0 else 3 * 8 * piece // 8 + 4096  # float64 copies of parts of a piece
     factors = 2 * recipe.options.ranks(recipe.view).rank * (rows + columns)
     return recipe.dtype.itemsize * (piece + factors) + once + recipe.method.scratch_bytes(recipe.view, recipe.options)
 
 
+# ---------------------------------------------------------------- MicroAdam
+
+
+def _is_sparse(recipe: Recipe) -> bool:
+    return not recipe.options.alpha and recipe.options.block % recipe.options.bucket == 0
+
+
+def _micro_adam(work: Work, ctx: Context) -> None:
+    """A piece is a number of blocks. One row of the ring is written, and only weights in the window are moved."""
+    options, h, p, g, state = ctx.options, ctx.h, work.p, work.g, work.state
+    row, each = (ctx.step - 1) % options.window, micro_adam.selected(options.block, options.density)
+    blocks = -(-p.numel() // options.block)
+    m, s = p.new_empty(2, min(blocks, _micro_blocks(options)) * options.block).unbind()
+    for some in _runs(blocks, 2 * options.block):
+        low, high = some.start * options.block, min(some.stop * options.block, p.numel())
+        first_bucket, last_bucket = low // options.bucket, -(-high // options.bucket)
+        error = state["error"][low // 2 : -(-high // 2)]
+        bounds = [state[name][first_bucket:last_bucket] for name in ("low", "high")]
+        a = micro_adam.dequantize(error, bounds[0], bounds[1], high - low, options.bucket, g.dtype).add_(g[low:high])
+        places = micro_adam.select(a, options)
+        first = micro_adam.starts(places.numel(), options, a.device)
+        ring = slice(some.start * each, some.start * each + places.numel())
+        indices, values = state["indices"][:, ring], state["values"][:, ring]
+        indices[row] = places
+        places += first
+        values[row] = a.index_select(0, places)
+        a.index_fill_(0, places, 0.0)
+        for target, value in zip((error, *bounds), micro_adam.quantize_finite(a, options.bucket), strict=True):
+            target.copy_(value)
+        del a, places
+        sums = m[: high - low].zero_(), s[: high - low].zero_()
+        places, moves = micro_adam.window_sums(indices, values, first, *sums, ctx)
+        part = p[low:high]
+        if h.weight_decay:
+            part.mul_(h.decay)
+        part.index_copy_(0, places, part.index_select(0, places).sub_(moves.mul_(h.lr)))
+
+
+def _micro_blocks(options: Any) -> int:
+    return max(_ELEMENTS // (2 * options.block), 1)
+
+
+def _micro_adam_bytes(recipe: Recipe) -> int:
+    options, count = recipe.options, math.prod(recipe.view)
+    size = min(_micro_blocks(options) * options.block, -(-count // options.block) * options.block)
+    kept = micro_adam.selected_in_all(min(size, count), options)
+    return recipe.dtype.itemsize * 6 * size + kept * (40 * options.window + 400) + 4096
+
+
 _STEPS: dict[str, tuple[Callable[[Recipe], bool], Callable[[Work, Context], None], Callable[[Recipe], int]]] = {
     "apollo": (_is_matrix, _apollo, _apollo_bytes),
     "apollo_mini": (_is_matrix, _apollo, _apollo_bytes),
+    "micro_adam": (_is_sparse, _micro_adam, _micro_adam_bytes),
     "adapprox": (_is_factored, _adapprox, _adapprox_bytes),
 }
