@@ -264,7 +264,7 @@ def _micro_adam(work: Work, ctx: Context) -> None:
     row, each = (ctx.step - 1) % options.window, micro_adam.selected(options.block, options.density)
     blocks = -(-p.numel() // options.block)
     m, s = p.new_empty(2, min(blocks, _micro_blocks(options)) * options.block).unbind()
-    for some in _runs(blocks, 2 * options.block):
+    for some in _runs(blocks, 3 * options.block):
         low, high = some.start * options.block, min(some.stop * options.block, p.numel())
         first_bucket, last_bucket = low // options.bucket, -(-high // options.bucket)
         error = state["error"][low // 2 : -(-high // 2)]
@@ -290,7 +290,7 @@ def _micro_adam(work: Work, ctx: Context) -> None:
 
 
 def _micro_blocks(options: Any) -> int:
-    return max(_ELEMENTS // (2 * options.block), 1)
+    return max(_ELEMENTS // (3 * options.block), 1)
 
 
 def _micro_adam_bytes(recipe: Recipe) -> int:
