@@ -233,12 +233,12 @@ def test_between_two_turns_the_weights_of_all_gradients_add_up() -> None:
     g = stream((24, 16), 1)[0]
     for options in ({"momentum": False, "clip": 0.0}, {"adam": True}):
         runs = [
-            follow(START[:24, :16], [g] * 13, rank="full", store="lowrank", refresh_every=every, betas=(0.9, 0.8), **options)
+            follow(START[:24, :16], [g] * 13, refresh_every=every, betas=(0.9, 0.8), **{**FULL, **options})
             for every in (1, 4)
         ]
         torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=1e-9)
-    other = [stream((24, 16), 13), {"rank": "full", "store": "lowrank", "betas": (0.9, 0.8)}]
-    often, rarely = (follow(START[:24, :16], other[0], refresh_every=every, **other[1])[-1] for every in (1, 4))
+    other = stream((24, 16), 13)
+    often, rarely = (follow(START[:24, :16], other, refresh_every=every, **FULL)[-1] for every in (1, 4))
     assert (often - rarely).abs().max() > 1e-4
 
 

@@ -23,6 +23,7 @@ from memadvise.optim.method import Context, Hyper, Round, Shape, Tensors, comput
 from memadvise.optim.methods import micro_adam, srsi
 from memadvise.optim.methods.adapprox import Adapprox
 from memadvise.optim.methods.apollo import Apollo, adam_norm, squares
+from memadvise.optim.methods.galore import GaLore, block_of
 from memadvise.optim.methods.projected import Projected, update_moments
 from memadvise.optim.methods.sketch import draw, draw_bytes, project
 from memadvise.optim.methods.stores import LowRankStore, Mix
@@ -109,9 +110,11 @@ def _apollo(work: Work, ctx: Context) -> None:
     r = None
     if small or not by_rows:
         r = p.new_zeros((sides.n, rank) if by_rows else (rank, sides.n))
-        for rows in _runs(sides.rows, sides.columns + (0 if by_rows else rank)):
-            part, out = g[rows], r[rows] if by_rows else r
-            here, first = (drawn, 0) if by_rows else (drawn[rows], rows.start)
+        runs = list(_runs(sides.rows, sides.columns + (0 if by_rows else rank)))
+        each = runs[0].stop
+        ours, theirs = (r.split(each), [drawn] * len(runs)) if by_rows else ([r] * len(runs), drawn.split(each))
+        for rows, part, out, here in zip(runs, g.split(each), ours, theirs, strict=True):
+            first = 0 if by_rows else rows.start
             project(part, here, kind, key, sides.m, rank, first, by_rows=by_rows, out=out)
             if limited:
                 found = squares(part, sides, options).view(-1)
@@ -251,6 +254,34 @@ def _adapprox_bytes(recipe: Recipe) -> int:
     return recipe.dtype.itemsize * (piece + factors) + once + recipe.method.scratch_bytes(recipe.view, recipe.options)
 
 
+# ---------------------------------------------------------------- GaLore
+
+
+def _galore(work: Work, ctx: Context) -> None:
+    """The gradient is projected whole, and what comes back is subtracted where it is made."""
+    method, h, p, g = work.recipe.method, ctx.h, work.p, work.g
+    assert isinstance(method, GaLore)
+    sides = method.sides(ctx.shape, ctx.options)
+
+    def visit(round_: Round, small: Tensors, shapes: dict[str, Shape]) -> Tensors:
+        if isinstance(round_, str):
+            first, rows = block_of(round_, sides)
+            return {round_: g[first : first + rows]}
+        return {sides.channels: (g if sides.by_rows else g.mT) @ small[sides.coordinates]}
+
+    small, new = method.project(visit, work.factors(), ctx, update=update_moments)
+    decay = h.decay if isinstance(h.decay, int | float) else read(h.decay, 1.0)
+    if not decay:  # 0 times NaN would be lost
+        p.mul_(decay)
+        decay = 1.0
+    torch.addmm(p, small["left"], small["right"].mT, beta=decay, alpha=-1, out=p)
+    work.store_factors(new)
+
+
+def _galore_bytes(recipe: Recipe) -> int:
+    return recipe.dtype.itemsize // 4 * recipe.method.scratch_bytes(recipe.view, recipe.options)
+
+
 # ---------------------------------------------------------------- MicroAdam
 
 
@@ -303,6 +334,7 @@ def _micro_adam_bytes(recipe: Recipe) -> int:
 _STEPS: dict[str, tuple[Callable[[Recipe], bool], Callable[[Work, Context], None], Callable[[Recipe], int]]] = {
     "apollo": (_is_matrix, _apollo, _apollo_bytes),
     "apollo_mini": (_is_matrix, _apollo, _apollo_bytes),
+    "galore": (_is_matrix, _galore, _galore_bytes),
     "micro_adam": (_is_sparse, _micro_adam, _micro_adam_bytes),
     "adapprox": (_is_factored, _adapprox, _adapprox_bytes),
 }

@@ -37,7 +37,7 @@ _kept: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
 
 
 def draw(kind: str, key: int, m: int, rank: int, like: Tensor) -> Tensor:
-    """What :func:`project` needs: P, [m, rank], or the signs of the coordinates, [m, 1]; as ``like``. Not to be changed.
+    """What :func:`project` needs: P, [m, rank], or the signs of the coordinates, [m, 1]; as ``like``. To read only.
 
     A small one (a vector, as a rule) is kept until it is drawn again: drawing it takes longer than using it. All that
     is kept takes at most a MiB; the most recent ones are.
@@ -102,9 +102,7 @@ def project(
     shape = list(g.shape)
     shape[axis] = rank
     sums = g.new_zeros(shape) if out is None else out
-    for source, weights, (start, count) in zip(
-        g.split(lengths, axis), signs.split(lengths), targets, strict=True
-    ):
+    for source, weights, (start, count) in zip(g.split(lengths, axis), signs.split(lengths), targets, strict=True):
         sums.narrow(axis, start, count).addcmul_(source, weights)
     return sums
 

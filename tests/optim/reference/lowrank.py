@@ -110,9 +110,9 @@ class Factors:
 
     def replace(self, v: Tensor, step: int) -> None:
         offset = NAME_KEY if self.options.get("stagger") else 0
-        days = [d for d in range(self.made + 1, step + 1) if d == 1 or (d - 1 + offset) % self.every == 0] if self.every else []
+        unseen = range(self.made + 1, step + 1) if self.every else range(0)
         self.made = step
-        if days and self.first < self.largest:
+        if any(d == 1 or (d - 1 + offset) % self.every == 0 for d in unseen) and self.first < self.largest:
             increment, limit = self.options.get("increment", "logistic"), self.options.get("error_threshold", 0.01)
             if increment == "one_shot":
                 tried = range(self.least, self.largest + 1)
