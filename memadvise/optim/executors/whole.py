@@ -147,9 +147,14 @@ def _apollo_bytes(recipe: Recipe) -> int:
     method, options = recipe.method, recipe.options
     assert isinstance(method, Apollo)
     sides = method.sides(recipe.view, options)
-    some = min(max(_ELEMENTS // sides.m, 1), sides.n)
-    pieces = recipe.dtype.itemsize * (4 * some * sides.rank + (0 if sides.by_rows else sides.n * sides.rank))
-    return draw_bytes(options.projection, sides.m, sides.rank) + pieces + 8 * recipe.dtype.itemsize * sides.n + 4096
+    small, n, r = sides.n * sides.rank <= _ELEMENTS // 4, sides.n, sides.rank
+    whole = n * r if small or not sides.by_rows else 0
+    piece = min(max(_ELEMENTS // (4 * r + (0 if whole else sides.m)), 1), n) * r
+    columns = (
+        0 if sides.by_rows or options.scaling == "tensor" else min(65536, sides.m * n) + 2 * n
+    )  # what the squares of columns are summed from
+    values = whole + max(3 * piece, columns) + 8 * n
+    return draw_bytes(options.projection, sides.m, r) + recipe.dtype.itemsize * values + 4096
 
 
 # ---------------------------------------------------------------- Adapprox
@@ -250,8 +255,10 @@ def _adapprox_bytes(recipe: Recipe) -> int:
     rows, columns = recipe.view
     piece = min(max(_ELEMENTS // (3 * columns), 1), rows) * columns
     once = 0 if recipe.options.adapt_every == 0 else 3 * 8 * piece // 8 + 4096  # float64 copies of parts of a piece
-    factors = 2 * recipe.options.ranks(recipe.view).rank * (rows + columns)
-    return recipe.dtype.itemsize * (piece + factors) + once + recipe.method.scratch_bytes(recipe.view, recipe.options)
+    ranks = recipe.options.ranks(recipe.view)
+    factors = 2 * ranks.columns(ranks.rank, recipe.view) * (rows + columns)
+    prepared = recipe.method.scratch_bytes(recipe.view, recipe.options) * recipe.dtype.itemsize // 4
+    return recipe.dtype.itemsize * (piece + factors) + once + prepared
 
 
 # ---------------------------------------------------------------- GaLore
@@ -279,7 +286,9 @@ def _galore(work: Work, ctx: Context) -> None:
 
 
 def _galore_bytes(recipe: Recipe) -> int:
-    return recipe.dtype.itemsize // 4 * recipe.method.scratch_bytes(recipe.view, recipe.options)
+    sides = recipe.method.sides(recipe.view, recipe.options)  # type: ignore[attr-defined]
+    wide = (recipe.dtype.itemsize - 4) * 3 * sides.n * sides.rank
+    return wide + recipe.method.scratch_bytes(recipe.view, recipe.options)
 
 
 # ---------------------------------------------------------------- MicroAdam
@@ -328,7 +337,8 @@ def _micro_adam_bytes(recipe: Recipe) -> int:
     options, count = recipe.options, math.prod(recipe.view)
     size = min(_micro_blocks(options) * options.block, -(-count // options.block) * options.block)
     kept = micro_adam.selected_in_all(min(size, count), options)
-    return recipe.dtype.itemsize * 6 * size + kept * (40 * options.window + 400) + 4096
+    itemsize, width = recipe.dtype.itemsize, 24 + 3 * recipe.dtype.itemsize  # of a place with all that belongs to it
+    return max(6 * itemsize * size, 2 * itemsize * size + kept * width * options.window) + kept * 96 + 4096
 
 
 _STEPS: dict[str, tuple[Callable[[Recipe], bool], Callable[[Work, Context], None], Callable[[Recipe], int]]] = {
