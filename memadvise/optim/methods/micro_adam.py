@@ -340,7 +340,7 @@ class MicroAdam(Method):
 
     def scratch_bytes(self, shape: Shape, options: MicroAdamOptions) -> int:
         count = math.prod(shape)
-        ring = options.window * (2 + _VALUES[options.values].itemsize) + 80  # and a few tensors of places and values
+        ring = options.window * (26 + _VALUES[options.values].itemsize) + 80  # the ring, its places and sums
         return selected_in_all(count, options) * ring + 2 * count + 80 * (-(-count // options.bucket))
 
     def stats(self, part: Part, ctx: Context, round_: Any) -> Tensors:
