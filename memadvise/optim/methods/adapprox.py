@@ -187,7 +187,7 @@ class Adapprox(StoredMethod):
         "rank_min": "the smallest rank",
         "error_threshold": "the relative error of the factors that ends an adaptation",
         "adapt_every": "steps between adaptations of the rank, 0: it stays at rank",
-        "refresh_every": "steps between two factorisations; 4 takes a third of the time, and trains alike",
+        "refresh_every": "steps between two factorisations: 4 halves the time of a step",
         "stagger": "true: parameters adapt at different steps",
         "increment": "columns to add, by the error: logistic, double, one_shot (one call, then cut) or a function",
         "power_iterations": "of S-RSI; with warm_start 2 do as well as 5",

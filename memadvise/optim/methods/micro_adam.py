@@ -47,6 +47,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from memadvise.optim.method import (
     STEP,
@@ -182,7 +183,9 @@ def _coded(rows: Tensor, count: int, low: Tensor, high: Tensor) -> tuple[Tensor,
     scaled = (scaled / step).add_(zero + 0.5).clamp_(0, _LAST_CODE)  # to an integer is down, and so halves go up
     codes = scaled.view(-1)[: count + count % 2].to(torch.uint8)
     codes[count:] = 0
-    if device_type(codes) == "cpu" and sys.byteorder == "little":  # two codes at once: the even one is the low byte
+    if (
+        device_type(codes) == "cpu" and sys.byteorder == "little" and not isinstance(codes, FakeTensor)
+    ):  # two codes at once: the even one is the low byte
         pairs = codes.view(torch.int16)
         return (pairs << 4).bitwise_or_(pairs >> 8).to(torch.uint8), low, high
     return (codes[0::2] << 4).add_(codes[1::2]), low, high
@@ -192,7 +195,8 @@ def dequantize(codes: Tensor, low: Tensor, high: Tensor, count: int, bucket: int
     """What :func:`quantize` held of ``count`` elements, [count] in ``dtype``."""
     flat = torch.empty(low.numel() * bucket, device=codes.device, dtype=dtype)
     end = 2 * codes.numel()
-    if device_type(codes) == "cpu" and dtype == torch.float32:  # a byte is looked up, and gives both
+    if device_type(codes) == "cpu" and dtype == torch.float32 and not isinstance(codes, FakeTensor):
+        # a byte is looked up, and gives both
         torch.index_select(_decoded(), 0, codes.to(torch.int32), out=flat[:end].view(torch.int64))
     else:
         flat[0:end:2] = codes >> 4
