@@ -154,7 +154,9 @@ def _apollo_bytes(recipe: Recipe) -> int:
         0 if sides.by_rows or options.scaling == "tensor" else min(65536, sides.m * n) + 2 * n
     )  # what the squares of columns are summed from
     values = whole + max(3 * piece, columns) + 8 * n
-    return draw_bytes(options.projection, sides.m, r) + recipe.dtype.itemsize * values + 4096
+    drawn = recipe.dtype.itemsize * sides.m * r
+    drawing = draw_bytes(options.projection, sides.m, r)  # is over before the rest begins
+    return drawn + max(drawing, recipe.dtype.itemsize * values) + 4096
 
 
 # ---------------------------------------------------------------- Adapprox
