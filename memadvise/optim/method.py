@@ -305,6 +305,10 @@ class Method(ABC):
         spec = self.sums_spec(shape, options, 0) if self.rounds(options) else {}
         return 6 * 4 * sum(torch.Size(s).numel() for s in spec.values())
 
+    def scratch_bytes_on(self, device: str, shape: Shape, options: Any) -> int:
+        """:meth:`scratch_bytes` on a kind of device, where it makes a difference: few launches, or little memory."""
+        return self.scratch_bytes(shape, options)
+
     # ------------------------------------------------------------ the update
 
     @abstractmethod

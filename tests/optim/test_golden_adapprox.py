@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -224,6 +225,77 @@ def test_twenty_steps_in_float32_are_those_of_the_slow_dense_reference(setting: 
     assert (ours - expected).norm() / expected.norm() < 1e-6
 
 
+# ---------------------------------------------------------------- factors made anew now and then
+
+
+def test_between_two_turns_the_weights_of_all_gradients_add_up() -> None:
+    """All gradients alike: v is what Adam's would be at every step, whichever step the factors were made at."""
+    g = stream((24, 16), 1)[0]
+    for options in ({"momentum": False, "clip": 0.0}, {"adam": True}):
+        runs = [
+            follow(START[:24, :16], [g] * 13, refresh_every=every, betas=(0.9, 0.8), **{**FULL, **options})
+            for every in (1, 4)
+        ]
+        torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=1e-9)
+    other = stream((24, 16), 13)
+    often, rarely = (follow(START[:24, :16], other, refresh_every=every, **FULL)[-1] for every in (1, 4))
+    assert (often - rarely).abs().max() > 1e-4
+
+
+def test_factors_are_made_on_turns_of_their_own_and_the_rank_with_them() -> None:
+    grads, days = stream((32, 24), 14), []
+    for name in ("a", "b", "c", "d", "e"):
+        p = nn.Parameter(torch.zeros(32, 24))
+        optimizer = Adapprox([(name, p)], rank=6, adapt_every=5, refresh_every=4, error_threshold=0.0)
+        changed, last = [], torch.zeros(32, 6)
+        for step, g in enumerate(grads, start=1):
+            p.grad = g.float()
+            optimizer.step()
+            if not torch.equal(optimizer.state[p]["q"], last):
+                changed.append(step)
+            last = optimizer.state[p]["q"].clone()
+        assert changed[0] == 1
+        assert all(b - a == 4 for a, b in pairwise(changed[1:]))
+        assert 2 <= changed[1] <= 5
+        days.append(changed[1])
+    assert len(set(days)) > 1
+
+
+@pytest.mark.parametrize("every", [1, 3, 7])
+def test_the_calendar_of_turns_and_adaptations(every: int) -> None:
+    for key in range(10):
+        ranks, made, adapted = Ranks(4, every=5, refresh=every), 0, 0
+        for step in range(1, 60):
+            assert ranks.since(step, key) == step - made
+            if ranks.refreshes(step, key):
+                days = [d for d in range(made + 1, step + 1) if (d - 1) % 5 == 0]
+                assert ranks.due(step, 0, step - made) == bool(days)
+                adapted += bool(days)
+                made = step
+        assert adapted >= (12 if every < 5 else 8)
+
+
+@pytest.mark.parametrize("options", [{}, {"adam": True}, {"adapt_every": 3, "warm_start": True, "power_iterations": 2}])
+def test_resuming_between_two_turns_is_bit_for_bit(options: dict[str, Any]) -> None:
+    grads = [g.float() for g in stream((24, 16), 12)]
+    for stop in (3, 5, 6, 7, 8):
+        p = nn.Parameter(START[:24, :16].float())
+        optimizer = Adapprox([("p", p)], rank=4, refresh_every=4, **options)
+        for step, g in enumerate(grads):
+            if step == stop:
+                saved = copy.deepcopy((p.detach(), optimizer.state_dict()))
+            p.grad = g
+            optimizer.step()
+        q = nn.Parameter(saved[0])
+        resumed = Adapprox([("p", q)], rank=4, refresh_every=4, **options)
+        resumed.load_state_dict(saved[1])
+        for g in grads[stop:]:
+            q.grad = g
+            resumed.step()
+        assert torch.equal(p, q)
+        assert all(torch.equal(value, resumed.state[q][name]) for name, value in optimizer.state[p].items())
+
+
 # ---------------------------------------------------------------- what else S-RSI and AS-RSI must do
 
 
@@ -423,6 +495,10 @@ def test_a_non_finite_first_gradient_leaves_no_factors() -> None:
         ({"guidance": True, "momentum": False}, "guidance compares updates with their average"),
         ({"guidance": True, "adam": True}, "guidance compares updates with their average"),
         ({"adam": True, "clip": 2.0}, "clip would do nothing"),
+        ({"oversampling": 3}, "oversampling would do nothing"),
+        ({"guidance_max": 3.0}, "guidance_max would do nothing"),
+        ({"floor": 0.2}, "floor would do nothing"),
+        ({"refresh_every": 0}, "refresh_every should be an integer of at least 1"),
         ({"momentum": False, "cautious": True}, "cautious would do nothing"),
         ({"second_moment": "bf16"}, "adapprox keeps no second moment here"),
     ],

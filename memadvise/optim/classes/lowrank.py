@@ -30,6 +30,7 @@ class Adapprox(PlainOptimizer):
         rank_min: int = 1,
         error_threshold: float = 0.01,
         adapt_every: int = 10,
+        refresh_every: int = 1,
         stagger: bool = False,
         increment: str | Callable[[float], float] = "logistic",
         power_iterations: int = 5,
@@ -50,7 +51,7 @@ class Adapprox(PlainOptimizer):
     ) -> None:
         options = {
             "rank": rank, "rank_init": rank_init, "rank_min": rank_min, "error_threshold": error_threshold,
-            "adapt_every": adapt_every, "stagger": stagger, "increment": increment,
+            "adapt_every": adapt_every, "refresh_every": refresh_every, "stagger": stagger, "increment": increment,
             "power_iterations": power_iterations, "oversampling": oversampling, "truncation": truncation,
             "warm_start": warm_start, "clip": clip, "guidance": guidance, "guidance_max": guidance_max,
             "momentum": momentum, "adam": adam, "floor": floor, "store": store,

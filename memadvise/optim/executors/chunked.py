@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from memadvise.optim.executors import inplace
+from memadvise.optim.executors import inplace, whole
 from memadvise.optim.executors.cuts import Cuts
 from memadvise.optim.executors.work import (
     CodedParts,
@@ -50,11 +50,13 @@ def _buffers(dtype: torch.dtype) -> int:
 
 def scratch_bytes(recipe: Recipe, kind: str) -> int:
     """Upper bound of what a step on a parameter allocates: the scratch, and a handful of factor-sized tensors."""
+    if whole.supports(recipe, kind):
+        return whole.scratch_bytes(recipe)
     local, cuts = _layout(recipe, box_limit(recipe, kind))
     itemsize = compute_dtype(recipe.dtype).itemsize
     part = max((math.prod(shape) for shape in cuts.shapes), default=0)
     method, view = recipe.method, recipe.view
-    factors = method.scratch_bytes(cuts.shapes[0] if local and cuts.shapes else view, recipe.options)
+    factors = method.scratch_bytes_on(kind, cuts.shapes[0] if local and cuts.shapes else view, recipe.options)
     factors += coded_factor_bytes(recipe)
     if _kernel(recipe) is not None:
         return _buffers(recipe.dtype) * part * itemsize + factors
@@ -111,8 +113,9 @@ class _Scratch:
 
 def step(works: Sequence[Work], h: Hyper) -> None:
     """One step of every parameter, one after the other."""
-    scratch = _Scratch(works)
-    for work in works:
+    rest = [work for work in works if not whole.step(work, h)]
+    scratch = _Scratch(rest)
+    for work in rest:
         _Stepper(work, h, scratch).run()
 
 
@@ -145,7 +148,8 @@ class _Stepper:
                 self._apply(i, small, scale)
                 del small, new  # before the next box needs as much
             return
-        small, new = self.method.prepare(self._visit, self.work.factors(), self.ctx)
+        prepare = inplace.prepare(self.method) if self.kernel is not None else self.method.prepare
+        small, new = prepare(self._visit, self.work.factors(), self.ctx)
         smalls = self._taken(small)
         if self.recipe.compose.cautious:
             scale = self._caution([partial(self._prepared, smalls, i) for i in range(count)])

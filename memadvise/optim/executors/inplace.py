@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memadvise.optim.method import Context, Hyper, Method, Part, Tensors
+from memadvise.optim.method import Context, Hyper, Method, Part, Tensors, Visit
 from memadvise.optim.methods.blockmean import BlockMeanAdam
+from memadvise.optim.methods.projected import Projected
 
 Apply = Callable[[Tensor, Tensor, Tensors, Tensors, Hyper, Any, Tensor], None]
 
@@ -78,6 +79,11 @@ APPLY: dict[str, Apply] = {
     "apollo_mini": _apollo,
     "galore": _galore,
 }
+
+
+def prepare(method: Method) -> Callable[[Visit, Tensors, Context], tuple[Tensors, Tensors]]:
+    """``method.prepare``, or a form of it that changes state in place."""
+    return method.prepare_in_place if isinstance(method, Projected) else method.prepare
 
 
 def stats(method: Method, part: Part, ctx: Context, round_: Any, temp: Tensor) -> Tensors:

@@ -21,6 +21,13 @@ at most ``error_threshold`` or ``rank`` columns are reached. Those are reserved,
 bound above is lost then, so Q U^T below ``floor`` (0.1) times its own rank-1 estimate (row means x column means / mean)
 is raised to that: with a floor of 0, rows that rarely get a gradient diverge. At full rank it is AdamW.
 
+``refresh_every: k`` makes the factors anew only every k steps: an average of every k-th G^2. At a step that is the j-th
+since they were made (j = 1 to k) ``V = b2^j max(Q U^T, 0) + (1 - b2^j) G^2``, which is what they take up when j is k:
+the weights of all that was seen add up to 1 - b2^t at every step t, as they do with k = 1, the paper's, and
+``|H| <= 1 / sqrt(1 - b2^j)``. Each parameter has its own turn, by a hash of its name, so that no step pays for all; the
+first step makes all factors. A day on which the rank would adapt waits for the next turn. Between turns a step takes
+one pass over the gradient, and one more for the clip.
+
 State: for ``[M, N]``, 4 M N bytes for M, none with ``momentum: false``; 4 k (M + N) for the factors, k = ``rank``;
 4 for the step, 8 for the rank where it adapts. Vectors, and with ``store: auto`` matrices where factors do not pay
 (k (M + N) >= M N, or a side below 2 ``rank_min``), hold v in full: 4 bytes an element in place of the factors.
@@ -74,7 +81,7 @@ from memadvise.optim.methods.stores import DenseStore, LowRankStore, Mix, Store
 
 _CHOICES = {"store": ("auto", "lowrank", "dense"), "truncation": ("columns", "svd")}
 _FLAGS = ("stagger", "warm_start", "guidance", "momentum", "adam")
-_COUNTS = {"rank_min": 1, "power_iterations": 1, "oversampling": 0, "adapt_every": 0}
+_COUNTS = {"rank_min": 1, "power_iterations": 1, "oversampling": 0, "adapt_every": 0, "refresh_every": 1}
 _NUMBERS = ("error_threshold", "clip", "guidance_max", "floor")
 
 
@@ -87,6 +94,7 @@ class AdapproxOptions(Options):
     rank_min: int = 1
     error_threshold: float = 0.01
     adapt_every: int = 10
+    refresh_every: int = 1
     stagger: bool = False
     increment: Any = "logistic"
     power_iterations: int = 5
@@ -128,6 +136,13 @@ class AdapproxOptions(Options):
             raise OptionProblem("guidance", f"guidance compares updates with their average, and {why}")
         if self.adam and self.clip not in (0, AdapproxOptions.clip):
             raise OptionProblem("clip", "clip would do nothing: adam: true does not clip", "remove one of them")
+        for option, wanted, where in (
+            ("oversampling", self.truncation != "svd", "truncation: columns drops what it adds"),
+            ("guidance_max", not self.guidance, "it bounds guidance: true"),
+            ("floor", not self.adam, "it is for adam: true"),
+        ):
+            if wanted and getattr(self, option) != getattr(AdapproxOptions, option):
+                raise OptionProblem(option, f"{option} would do nothing: {where}", f"leave {option} out")
 
     def _check_ranks(self) -> None:
         first = self.rank_min if self.rank_init is None else self.rank_init
@@ -152,6 +167,7 @@ class AdapproxOptions(Options):
             truncation=self.truncation,
             warm=self.warm_start,
             every=self.adapt_every,
+            refresh=self.refresh_every,
             stagger=self.stagger,
             threshold=self.error_threshold,
             increment=self.increment if isinstance(self.increment, Growth) else str(self.increment),
@@ -171,6 +187,7 @@ class Adapprox(StoredMethod):
         "rank_min": "the smallest rank",
         "error_threshold": "the relative error of the factors that ends an adaptation",
         "adapt_every": "steps between adaptations of the rank, 0: it stays at rank",
+        "refresh_every": "steps between two factorisations: 4 halves the time of a step",
         "stagger": "true: parameters adapt at different steps",
         "increment": "columns to add, by the error: logistic, double, one_shot (one call, then cut) or a function",
         "power_iterations": "of S-RSI; with warm_start 2 do as well as 5",
@@ -192,6 +209,13 @@ class Adapprox(StoredMethod):
 
     def mix(self, h: Hyper) -> Mix:
         return Mix(h.beta2, 1 - h.beta2)
+
+    def mix_of(self, ctx: Context) -> Mix:
+        store = self.store(ctx.shape, ctx.options) if ctx.options.refresh_every > 1 else None
+        if not isinstance(store, LowRankStore):
+            return self.mix(ctx.h)
+        decay = ctx.h.beta2 ** store.ranks.since(ctx.step, ctx.key_for("refresh"))
+        return Mix(decay, 1 - decay)
 
     def store(self, shape: Shape, options: AdapproxOptions) -> Store:
         if not is_matrix(shape) or options.store == "dense":

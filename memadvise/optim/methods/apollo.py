@@ -56,15 +56,16 @@ from memadvise.optim.method import (
     StateSpec,
     Tensors,
     Visit,
+    device_type,
     is_number,
 )
 from memadvise.optim.methods.blockmean import COMPAT_HELP, update_bound
-from memadvise.optim.methods.projected import Projected, ProjectedOptions, Sides, check_rank, moments
+from memadvise.optim.methods.projected import Moments, Projected, ProjectedOptions, Sides, check_rank, moments
 from memadvise.optim.methods.sketch import KINDS, draw, draw_bytes, project
 
 SCALINGS = ("channel", "tensor")
 LIMITED = ("raw", "corrected")
-_AT_ONCE = 65536  # elements of N formed at once, to be squared and summed
+_AT_ONCE, _CUDA_AT_ONCE = 65536, 2**22  # elements of N formed at once, to be squared and summed
 
 
 @dataclass(frozen=True)
@@ -151,10 +152,19 @@ class Apollo(Projected):
         return {**found, "correction": found["bias2_sqrt"] / found["bias1"]}
 
     def projected_scratch(self, sides: Sides, options: Any) -> int:
-        batch, n, r = math.prod(sides.batch), sides.n, sides.rank
-        return draw_bytes(options.projection, sides.m, r) + 8 * batch * n * r + 24 * batch * n + 16 * _AT_ONCE
+        return self._scratch("cpu", sides, options)
 
-    def _key(self, ctx: Context) -> int:
+    def scratch_bytes_on(self, device: str, shape: Shape, options: Any) -> int:
+        return 0 if self.dense(shape) else self._scratch(device, self.sides(shape, options), options)
+
+    @staticmethod
+    def _scratch(device: str, sides: Sides, options: Any) -> int:
+        batch, n, r = math.prod(sides.batch), sides.n, sides.rank
+        some = 16 * (_CUDA_AT_ONCE if device == "cuda" else _AT_ONCE)
+        return draw_bytes(options.projection, sides.m, r, device) + 8 * batch * n * r + 24 * batch * n + some
+
+    def projection_key(self, ctx: Context) -> int:
+        """The key of the P of this step."""
         return ctx.key_for("projection", (max(ctx.step, 1) - 1) // ctx.options.update_every)
 
     def stats(self, part: Part, ctx: Context, round_: Any) -> Tensors:
@@ -162,43 +172,53 @@ class Apollo(Projected):
         side = sides.coordinates
         first = part.box[-1 if sides.by_rows else -2].start
         r = project(
-            part.g, part.small[side], options.projection, self._key(ctx), sides.m, sides.rank, first,
+            part.g, part.small[side], options.projection, self.projection_key(ctx), sides.m, sides.rank, first,
             by_rows=sides.by_rows,
         )  # fmt: skip
         found = {"left" if sides.by_rows else "across": r}
         if options.limiter is not None:
-            found["squares"] = _squares(part.g, sides, options)
+            found["squares"] = squares(part.g, sides, options)
         return found
 
-    def project(self, visit: Visit, state: Tensors, ctx: Context) -> tuple[Tensors, Tensors]:
+    def project(
+        self, visit: Visit, state: Tensors, ctx: Context, update: Moments | None = None
+    ) -> tuple[Tensors, Tensors]:
         sides, options, small = self.sides(ctx.shape, ctx.options), ctx.options, ctx.scalars
         n, rank = sides.n, sides.rank  # by columns R is summed as it comes, and turned once
         shapes = {"left": sides.projected} if sides.by_rows else {"across": (*sides.batch, rank, n)}
         if options.limiter is not None:
             per = (sides.rows, 1) if sides.by_rows else (1, sides.columns)
             shapes["squares"] = (*sides.batch, *(per if options.scaling == "channel" else (1, 1)))
-        drawn = draw(options.projection, self._key(ctx), sides.m, sides.rank, state["exp_avg"])
+        drawn = draw(options.projection, self.projection_key(ctx), sides.m, sides.rank, state["exp_avg"])
         sums = visit(0, {sides.coordinates: drawn}, shapes)
         del drawn
 
         r = sums.pop("left") if sides.by_rows else sums.pop("across").mT.contiguous()
         axes = (-1,) if options.scaling == "channel" else (-2, -1)
         norm = torch.linalg.vector_norm(r, dim=axes, keepdim=True)
-        m, v = moments(r, state, ctx.h)
+        m, v = (update or moments)(r, state, ctx.h)
         del r
         eps = ctx.h.eps if options.compat else small["bias2_sqrt"] * ctx.h.eps
-        adam = _adam_norm(m, v, eps, axes, ctx)
-        s = adam / (norm + 1e-8) if options.compat else torch.where(norm > 0, adam / norm, torch.zeros_like(norm))
-        s = s if sides.by_rows else s.mT
-        step_size = small["step_size"] * small["bias2_sqrt"]
-        new = {"exp_avg": m, "exp_avg_sq": v}
-        if options.limiter is not None:
-            sizes = torch.where(s > 0, s * sums["squares"].sqrt_(), s)  # of channels; not 0 * inf where they overflow
+        adam = adam_norm(m, v, eps, axes, ctx)
+        adam, norm = (adam, norm) if sides.by_rows else (adam.mT, norm.mT)
+        scale, norms = self.scale(adam, norm, sums.get("squares"), state, ctx)
+        return {"scale": scale}, {"exp_avg": m, "exp_avg_sq": v, **norms}
+
+    def scale(
+        self, adam: Tensor, norm: Tensor, squares: Tensor | None, state: Tensors, ctx: Context
+    ) -> tuple[Tensor, Tensors]:
+        """What the gradient is multiplied by, and what the limiter remembers. ``adam`` and ``norm``: ``|N|`` and
+        ``|R|`` of the channels or the matrix, shaped to broadcast with it; ``squares``: ``|G|^2`` of the same.
+        """
+        options, new = ctx.options, dict[str, Tensor]()
+        s = adam / (norm + 1e-8) if options.compat else torch.where(norm > 0, adam / norm, 0.0)
+        step_size = ctx.scalars["step_size"] * ctx.scalars["bias2_sqrt"]
+        if squares is not None:
+            sizes = torch.where(s > 0, s * squares.sqrt_(), s)  # of channels; not 0 * inf where they overflow
             size = torch.linalg.vector_norm(sizes, dim=(-2, -1), keepdim=True)
-            rho, norms = self._limit(size, state, ctx)
+            rho, new = self._limit(size, state, ctx)
             s = s / rho
-            new.update(norms)
-        return {"scale": (s * (step_size * math.sqrt(options.scale))).to(m.dtype)}, new
+        return (s * (step_size * math.sqrt(options.scale))).to(adam.dtype), new
 
     def _limit(self, size: Tensor, state: Tensors, ctx: Context) -> tuple[Tensor, Tensors]:
         """By what an update of norm ``size`` is divided, and what the limiter remembers."""
@@ -223,34 +243,43 @@ class Apollo(Projected):
         return part.g * part.small["scale"]
 
 
-def _squares(g: Tensor, sides: Sides, options: Any) -> Tensor:
+def _at_once(like: Tensor) -> int:
+    return _CUDA_AT_ONCE if device_type(like) == "cuda" else _AT_ONCE
+
+
+def squares(g: Tensor, sides: Sides, options: Any) -> Tensor:
     """The squared norms of a box's channels, or its own."""
+    if options.scaling == "tensor" and g.ndim == 2 and g.is_contiguous() and device_type(g) != "cuda":
+        flat = g.view(-1)
+        return torch.dot(flat, flat).view(1, 1)  # twice as fast as a norm
     if options.scaling == "tensor" or sides.by_rows:
         axes = (-2, -1) if options.scaling == "tensor" else -1
         return torch.linalg.vector_norm(g, dim=axes, keepdim=True).square_()
     # norms of columns are twenty times slower than sums of squares, which take a temporary: a few rows at once
     sums = g.new_zeros(*g.shape[:-2], 1, g.shape[-1])
-    for rows in g.split(max(_AT_ONCE * g.shape[-2] // max(g.numel(), 1), 1), dim=-2):
+    for rows in g.split(max(_at_once(g) * g.shape[-2] // max(g.numel(), 1), 1), dim=-2):
         sums += rows.square().sum(-2, keepdim=True)
     return sums
 
 
-def _adam_norm(m: Tensor, v: Tensor, eps: float | Tensor, axes: tuple[int, ...], ctx: Context) -> Tensor:
+def adam_norm(m: Tensor, v: Tensor, eps: float | Tensor, axes: tuple[int, ...], ctx: Context) -> Tensor:
     """The norms of ``m / (sqrt(v) + eps)`` over ``axes``, kept, without forming all of it at once."""
     rank, bound = m.shape[-1], math.inf
     if ctx.coded:  # moments held in fewer bits may not fit each other: no gradients give more than this
         bound = update_bound(ctx.h.beta1, ctx.h.beta2) * (1 - ctx.h.beta1**ctx.step)
         bound /= math.sqrt(1 - ctx.h.beta2**ctx.step)
     norms = m.new_empty(m.shape[:-1])
-    rows = max(_AT_ONCE // max(rank, 1), 1)
-    for norm, m_part, v_part in zip(
-        norms.view(-1).split(rows), m.view(-1, rank).split(rows), v.view(-1, rank).split(rows), strict=True
-    ):
-        part = v_part.sqrt().add_(eps)
-        if not ctx.h.eps:  # where all that was added up in a sketch cancelled out: 0, as with any eps
-            part.masked_fill_(part == 0, 1.0)
-        torch.div(m_part, part, out=part)
-        if bound < math.inf:
-            part.clamp_(-bound, bound)
-        norm.copy_(torch.linalg.vector_norm(part, dim=-1))
-    return torch.linalg.vector_norm(norms.unsqueeze(-1), dim=axes, keepdim=True)
+    rows = max(_at_once(m) // max(rank, 1), 1)
+    whole = (norms.view(-1), m.view(-1, rank), v.view(-1, rank))
+    pieces = [whole] if len(whole[0]) <= rows else zip(*(x.split(rows) for x in whole), strict=True)
+    for norm, m_part, v_part in pieces:
+        torch.linalg.vector_norm(_direction(m_part, v_part, eps, bound, ctx), dim=-1, out=norm)
+    return norms.unsqueeze(-1) if axes == (-1,) else torch.linalg.vector_norm(norms, dim=-1).view(*m.shape[:-2], 1, 1)
+
+
+def _direction(m: Tensor, v: Tensor, eps: float | Tensor, bound: float, ctx: Context) -> Tensor:
+    part = v.sqrt().add_(eps)
+    if not ctx.h.eps:  # where all that was added up in a sketch cancelled out: 0, as with any eps
+        part.masked_fill_(part == 0, 1.0)
+    torch.div(m, part, out=part)
+    return part.clamp_(-bound, bound) if bound < math.inf else part

@@ -52,7 +52,7 @@ from memadvise.optim.method import (
     is_number,
 )
 from memadvise.optim.methods.blockmean import COMPAT_HELP, update_bound
-from memadvise.optim.methods.projected import Projected, ProjectedOptions, Sides, check_rank, moments
+from memadvise.optim.methods.projected import Moments, Projected, ProjectedOptions, Sides, check_rank, moments
 
 _BLOCKS = 8  # the gradient is seen in so many blocks of rows for its Gram matrix
 _LEAST_ROWS = 32
@@ -119,18 +119,21 @@ class GaLore(Projected):
     def stats(self, part: Part, ctx: Context, round_: Any) -> Tensors:
         sides = self.sides(ctx.shape, ctx.options)
         if isinstance(round_, str):
-            start, (low, high) = part.box[-2].start, _overlap(part.box, *_block_of(round_, sides))
+            start, (low, high) = part.box[-2].start, _overlap(part.box, *block_of(round_, sides))
             return {round_: part.g[..., low - start : high - start, :]} if low < high else {}
         g = part.g if sides.by_rows else part.g.mT
         return {sides.channels: g @ part.small[sides.coordinates]}
 
-    def project(self, visit: Visit, state: Tensors, ctx: Context) -> tuple[Tensors, Tensors]:
+    def project(
+        self, visit: Visit, state: Tensors, ctx: Context, update: Moments | None = None
+    ) -> tuple[Tensors, Tensors]:
         sides, options, small = self.sides(ctx.shape, ctx.options), ctx.options, ctx.scalars
         p, new = state["projection"], dict[str, Tensor]()
         if self.turn(ctx):
             p = new["projection"] = leading(_gram(visit, sides), p)
         r = visit(0, {sides.coordinates: p}, {sides.channels: sides.projected}).pop(sides.channels)
-        m, v = moments(r, state, ctx.h)
+        m, v = (update or moments)(r, state, ctx.h)
+        del r
         new.update(exp_avg=m, exp_avg_sq=v)
         direction = v.sqrt()
         if options.compat:
@@ -157,7 +160,7 @@ def _block_rows(sides: Sides) -> int:
     return min(max(-(-sides.rows // _BLOCKS), _LEAST_ROWS), sides.rows)
 
 
-def _block_of(round_: str, sides: Sides) -> tuple[int, int]:
+def block_of(round_: str, sides: Sides) -> tuple[int, int]:
     """The first row, and the number of rows, of the block a round asks for."""
     first = int(round_.removeprefix(_ROWS_FROM))
     return first, min(_block_rows(sides), sides.rows - first)
@@ -173,7 +176,7 @@ def _blocks(visit: Visit, sides: Sides, stop: int) -> Iterator[tuple[slice, Tens
     """The rows of the gradient before ``stop``, block by block, [..., rows, columns], in float64."""
     for first in range(0, stop, _block_rows(sides)):
         name = f"{_ROWS_FROM}{first}"
-        rows = _block_of(name, sides)[1]
+        rows = block_of(name, sides)[1]
         shape = (*sides.batch, rows, sides.columns)
         yield slice(first, first + rows), visit(name, {}, {name: shape})[name].to(torch.float64)
 

@@ -39,6 +39,7 @@ fed back, where they would spoil their bucket: a gradient that is all NaN makes 
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -46,6 +47,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from memadvise.optim.method import (
     STEP,
@@ -59,14 +61,17 @@ from memadvise.optim.method import (
     StateSpec,
     Tensors,
     Visit,
+    device_type,
     is_int,
     is_number,
+    read,
 )
 
 MAX_BLOCK = 2**15  # of which an int16 holds the indices
 _VALUES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _CORRECTIONS = ("paper", "window")
 _LAST_CODE = 15  # 4 bits
+_GROUP = 16
 
 
 @dataclass(frozen=True)
@@ -154,12 +159,35 @@ def quantize(x: Tensor, bucket: int) -> tuple[Tensor, Tensor, Tensor]:
     if missing := buckets * bucket - count:  # a copy of the last element changes no bound
         x = torch.cat([x, x[-1:].expand(missing)])
     rows = x.view(buckets, bucket)
-    low, high = _rounded(rows.amin(1), -math.inf), _rounded(rows.amax(1), math.inf)
-    span, zero, base = _grid(low, high, x.dtype)
+    return _coded(rows, count, rows.amin(1), rows.amax(1))
+
+
+def quantize_finite(x: Tensor, bucket: int) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`quantize` of ``x``, in which 0 is written where it is not finite; on the CPU, in whole buckets only if
+    there are no others.
+    """
+    count, (full, rest) = x.numel(), divmod(x.numel(), bucket)
+    if not rest:
+        rows = x.view(full, bucket)
+        low, high = rows.amin(1), rows.amax(1)
+        if read((high - low).sum(), 0.0) < math.inf:  # false for NaN
+            return _coded(rows, count, low, high)
+    return quantize(x.nan_to_num_(0.0, 0.0, 0.0), bucket)
+
+
+def _coded(rows: Tensor, count: int, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    low, high = _rounded(low, -math.inf), _rounded(high, math.inf)
+    span, zero, base = _grid(low, high, rows.dtype)
     step = torch.where(span > 0, span / _LAST_CODE, 1.0)  # 1: of a bucket with equal bounds
-    scaled = rows.sub(base).div_(step).add_(zero + 0.5).floor_().clamp_(0, _LAST_CODE)
+    scaled = rows.sub(base) if _matters(base) else rows
+    scaled = (scaled / step).add_(zero + 0.5).clamp_(0, _LAST_CODE)  # to an integer is down, and so halves go up
     codes = scaled.view(-1)[: count + count % 2].to(torch.uint8)
     codes[count:] = 0
+    if (
+        device_type(codes) == "cpu" and sys.byteorder == "little" and not isinstance(codes, FakeTensor)
+    ):  # two codes at once: the even one is the low byte
+        pairs = codes.view(torch.int16)
+        return (pairs << 4).bitwise_or_(pairs >> 8).to(torch.uint8), low, high
     return (codes[0::2] << 4).add_(codes[1::2]), low, high
 
 
@@ -167,12 +195,30 @@ def dequantize(codes: Tensor, low: Tensor, high: Tensor, count: int, bucket: int
     """What :func:`quantize` held of ``count`` elements, [count] in ``dtype``."""
     flat = torch.empty(low.numel() * bucket, device=codes.device, dtype=dtype)
     end = 2 * codes.numel()
-    flat[0:end:2] = codes >> 4
-    flat[1:end:2] = codes & _LAST_CODE
+    if device_type(codes) == "cpu" and dtype == torch.float32 and not isinstance(codes, FakeTensor):
+        # a byte is looked up, and gives both
+        torch.index_select(_decoded(), 0, codes.to(torch.int32), out=flat[:end].view(torch.int64))
+    else:
+        flat[0:end:2] = codes >> 4
+        flat[1:end:2] = codes & _LAST_CODE
     flat[end:] = 0
     span, zero, base = _grid(low, high, dtype)
-    flat.view(-1, bucket).sub_(zero).mul_(span).div_(_LAST_CODE).add_(base)  # in this order the bounds are exact
+    rows = flat.view(-1, bucket).sub_(zero).mul_(span / _LAST_CODE)
+    if _matters(base):
+        rows.add_(base)
     return flat[:count]
+
+
+def _matters(base: Tensor) -> bool:
+    """Whether any is not 0; on a GPU, where asking would wait for it, always."""
+    return device_type(base) != "cpu" or read(base.count_nonzero(), 1.0) > 0
+
+
+@lru_cache(maxsize=1)
+def _decoded() -> Tensor:
+    """For each byte its two codes as float32, in one int64."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    return torch.stack([codes >> 4, codes & _LAST_CODE], 1).to(torch.float32).view(torch.int64).view(-1)
 
 
 # ---------------------------------------------------------------- selection and the window
@@ -191,8 +237,18 @@ def select(a: Tensor, options: MicroAdamOptions) -> Tensor:
 
 
 def _largest(blocks: Tensor, density: float) -> Tensor:
-    count = selected(blocks.shape[1], density)
-    places = blocks.abs().topk(count, dim=1, sorted=False).indices
+    count, size = selected(blocks.shape[1], density), blocks.shape[1]
+    sizes = blocks.abs()
+    if device_type(blocks) == "cpu" and 0 < 4 * count * _GROUP <= size and size % _GROUP == 0:
+        # the ``count`` largest lie in the ``count`` groups with the largest member; a group is every so many-th element
+        groups = sizes.view(-1, _GROUP, size // _GROUP)
+        best = groups.amax(1).topk(min(count, size // _GROUP), dim=1, sorted=False).indices
+        members = best.unsqueeze(1).expand(-1, _GROUP, -1)
+        within = groups.gather(2, members).flatten(1).topk(count, dim=1, sorted=False).indices
+        which = within.div(best.shape[1], rounding_mode="floor").mul_(size // _GROUP)
+        places = which.add_(best.gather(1, within.remainder_(best.shape[1])))
+    else:
+        places = sizes.topk(count, dim=1, sorted=False).indices
     return places.sort(1).values.view(-1)
 
 
@@ -202,24 +258,40 @@ def starts(count: int, options: MicroAdamOptions, device: torch.device) -> Tenso
     return torch.arange(count, device=device).div_(each, rounding_mode="floor").mul_(options.block)
 
 
-def window_step(indices: Tensor, values: Tensor, first: Tensor, like: Tensor, ctx: Context) -> Tensor:
-    """Adam's update, without lr, from the ring ([window, K] each) alone; dense, 0 where nothing was selected.
+def window_step(indices: Tensor, values: Tensor, first: Tensor, like: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    """Adam's update, without lr, from the ring ([window, K] each) alone: where it is not 0, and what it is there. A
+    place that was selected several times comes as often, each time with the same update.
 
-    Row by row, as no element is twice in a row: the sums do not depend on the order in which a GPU adds.
+    Rows one after the other, as no element is twice in a row: the sums do not depend on the order in which a GPU adds.
     """
-    options, h, t = ctx.options, ctx.h, ctx.step
     m, s = torch.zeros_like(like), torch.zeros_like(like)
+    return window_sums(indices, values, first, m, s, ctx)
+
+
+def window_sums(
+    indices: Tensor, values: Tensor, first: Tensor, m: Tensor, s: Tensor, ctx: Context
+) -> tuple[Tensor, Tensor]:
+    """:func:`window_step` with the sums in ``m`` and ``s``, which are 0 before it."""
+    options, h, t = ctx.options, ctx.h, ctx.step
     seen = t if options.bias_correction == "paper" else min(t, options.window)
-    m_scale, s_scale = (1 - h.beta1) / (1 - h.beta1**seen), (1 - h.beta2) / (1 - h.beta2**seen)
-    for row in range(min(t, options.window)):
-        age = (t - 1 - row) % options.window
-        places, value = first + indices[row], values[row].to(like.dtype)
-        m.index_add_(0, places, value * (m_scale * h.beta1**age))
-        s.index_add_(0, places, value.square().mul_(s_scale * h.beta2**age))
-    s.sqrt_().add_(h.eps)
+    count = min(t, options.window)
+    ages = (t - 1 - torch.arange(count, device=m.device, dtype=torch.float64).unsqueeze(1)).remainder_(options.window)
+    m_scale = torch.pow(h.beta1, ages).mul_((1 - h.beta1) / (1 - h.beta1**seen)).to(m.dtype)
+    s_scale = torch.pow(h.beta2, ages).mul_((1 - h.beta2) / (1 - h.beta2**seen)).to(m.dtype)
+    places, kept = first + indices[:count], values[:count].to(m.dtype)
+    gradients, squares = kept * m_scale, kept.square().mul_(s_scale)
+    if device_type(m) == "cpu":  # which adds in order
+        m.index_add_(0, places.view(-1), gradients.view(-1))
+        s.index_add_(0, places.view(-1), squares.view(-1))
+    else:
+        for row, gradient, square in zip(places.unbind(), gradients.unbind(), squares.unbind(), strict=True):
+            m.index_add_(0, row, gradient)
+            s.index_add_(0, row, square)
+    places = places.view(-1)
+    divisor = s.index_select(0, places).sqrt_().add_(h.eps)
     if not h.eps:
-        s.masked_fill_(s == 0, 1.0)
-    return m.div_(s)
+        divisor.masked_fill_(divisor == 0, 1.0)
+    return places, m.index_select(0, places).div_(divisor)
 
 
 class MicroAdam(Method):
@@ -272,7 +344,7 @@ class MicroAdam(Method):
 
     def scratch_bytes(self, shape: Shape, options: MicroAdamOptions) -> int:
         count = math.prod(shape)
-        ring = options.window * (2 + _VALUES[options.values].itemsize) + 80  # and a few tensors of places and values
+        ring = options.window * (26 + _VALUES[options.values].itemsize) + 80  # the ring, its places and sums
         return selected_in_all(count, options) * ring + 2 * count + 80 * (-(-count // options.bucket))
 
     def stats(self, part: Part, ctx: Context, round_: Any) -> Tensors:
@@ -294,7 +366,9 @@ class MicroAdam(Method):
         del places
         codes, low, high = quantize(a, options.bucket)
         del a
-        u = window_step(indices, values, first, g, ctx)
+        places, moves = window_step(indices, values, first, g, ctx)
+        u = torch.zeros_like(g).scatter_(0, places, moves)
+        del places, moves
         if options.alpha:
             rest = dequantize(codes, low, high, count, options.bucket, g.dtype)
             u.add_(rest, alpha=options.alpha)

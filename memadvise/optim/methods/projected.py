@@ -14,6 +14,7 @@ Where the smaller side is 1 there is nothing to project: such a matrix keeps den
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,12 +34,14 @@ from memadvise.optim.method import (
     Tensors,
     Visit,
     broadcast_part,
+    device_type,
     is_int,
 )
 from memadvise.optim.methods.adamw import AdamW
 from memadvise.optim.methods.blockmean import CompatOptions, adam_scalars
 
 DENSE = AdamW()
+Moments = Callable[[Tensor, Tensors, Hyper], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -174,8 +177,16 @@ class Projected(Method):
             return dict(ctx.scalars), {}
         return self.project(visit, state, ctx)
 
-    def project(self, visit: Visit, state: Tensors, ctx: Context) -> tuple[Tensors, Tensors]:
-        """:meth:`prepare` where there is something to project."""
+    def prepare_in_place(self, visit: Visit, state: Tensors, ctx: Context) -> tuple[Tensors, Tensors]:
+        """:meth:`prepare`, but the moments in ``state`` become the new ones."""
+        if self.dense(ctx.shape):
+            return dict(ctx.scalars), {}
+        return self.project(visit, state, ctx, update=update_moments)
+
+    def project(
+        self, visit: Visit, state: Tensors, ctx: Context, update: Moments | None = None
+    ) -> tuple[Tensors, Tensors]:
+        """:meth:`prepare` where there is something to project; ``update``: :func:`moments` unless given."""
         raise NotImplementedError
 
     def update(self, part: Part, ctx: Context) -> tuple[Tensor, Tensors]:
@@ -193,6 +204,20 @@ class Projected(Method):
     def projected_scratch(self, sides: Sides, options: Any) -> int:
         """:meth:`scratch_bytes` where there is something to project."""
         raise NotImplementedError
+
+
+_AT_ONCE = 65536  # values of a moment that are worked on at once, in the cache
+
+
+def update_moments(r: Tensor, state: Tensors, h: Hyper) -> tuple[Tensor, Tensor]:
+    """:func:`moments` in place of the old ones; R is left as it is."""
+    m, v = state["exp_avg"], state["exp_avg_sq"]
+    if r.numel() <= _AT_ONCE or device_type(r) == "cuda":
+        return m.lerp_(r, 1 - h.beta1), v.mul_(h.beta2).addcmul_(r, r, value=1 - h.beta2)
+    for m_part, v_part, part in zip(*(x.view(-1).split(_AT_ONCE) for x in (m, v, r)), strict=True):
+        m_part.lerp_(part, 1 - h.beta1)
+        v_part.mul_(h.beta2).addcmul_(part, part, value=1 - h.beta2)
+    return m, v
 
 
 def moments(r: Tensor, state: Tensors, h: Hyper) -> tuple[Tensor, Tensor]:

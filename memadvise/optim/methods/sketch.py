@@ -10,17 +10,22 @@ many and small; there P is dense, signs / sqrt(r).
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from memadvise.optim import noise
+from memadvise.optim.method import device_type
 
 KINDS = ("gaussian", "sketch")
 MOST_BLOCKS = 64
 _AT_ONCE = 32768  # numbers drawn at once, or a quarter of all: drawing takes 36 bytes for each
+_CUDA_AT_ONCE = 2**20  # there a launch costs more than a few thousand numbers
 _DRAW_BYTES = 36
+_MOST_KEPT, _KEPT_BYTES = 16 * 1024, 2**20  # of one draw, and of all, in bytes
 
 
 def in_blocks(kind: str, m: int, rank: int) -> bool:
@@ -28,12 +33,35 @@ def in_blocks(kind: str, m: int, rank: int) -> bool:
     return kind == "sketch" and m <= MOST_BLOCKS * rank
 
 
+_kept: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+
+
 def draw(kind: str, key: int, m: int, rank: int, like: Tensor) -> Tensor:
-    """What :func:`project` needs: P, [m, rank], or the signs of the coordinates, [m, 1]; as ``like``."""
+    """What :func:`project` needs: P, [m, rank], or the signs of the coordinates, [m, 1]; as ``like``. To read only.
+
+    A small one (a vector, as a rule) is kept until it is drawn again: drawing it takes longer than using it. All that
+    is kept takes at most a MiB; the most recent ones are.
+    """
     columns = 1 if in_blocks(kind, m, rank) else rank
+    size = like.itemsize * m * columns
+    if size > _MOST_KEPT or detect_fake_mode() is not None or like.device.type == "meta":
+        return _drawn(kind, key, m, columns, like)
+    what = (kind, key, m, columns, like.device, like.dtype)
+    found = _kept.pop(what, None)
+    _kept[what] = drawn = _drawn(kind, key, m, columns, like) if found is None else found
+    while len(_kept) * _MOST_KEPT > _KEPT_BYTES and sum(map(_size, _kept.values())) > _KEPT_BYTES:
+        _kept.popitem(last=False)
+    return drawn
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
+
+
+def _drawn(kind: str, key: int, m: int, columns: int, like: Tensor) -> Tensor:
     numbers = torch.empty(m * columns, device=like.device, dtype=torch.float32)
     make = noise.gaussian if kind == "gaussian" else noise.signs
-    size = _at_once(m * columns)
+    size = _CUDA_AT_ONCE if device_type(like) == "cuda" else _at_once(m * columns)
     for start in range(0, m * columns, size):
         part = numbers[start : start + size]
         part.copy_(make(key, start, part.numel(), like.device))
@@ -44,10 +72,10 @@ def _at_once(count: int) -> int:
     return max(_AT_ONCE, -(-count // 4))
 
 
-def draw_bytes(kind: str, m: int, rank: int) -> int:
-    """Upper bound of what :func:`draw` allocates, its result included."""
+def draw_bytes(kind: str, m: int, rank: int, device: str = "cpu") -> int:
+    """Upper bound of what :func:`draw` allocates on a device of that kind, its result included."""
     count = m * (1 if in_blocks(kind, m, rank) else rank)
-    return 4 * count + _DRAW_BYTES * min(count, _at_once(count))
+    return 4 * count + _DRAW_BYTES * min(count, _CUDA_AT_ONCE if device == "cuda" else _at_once(count))
 
 
 @lru_cache(maxsize=4096)
@@ -56,25 +84,39 @@ def _offsets(key: int, blocks: int, rank: int) -> tuple[int, ...]:
     return tuple(noise.key_of(key, "offset", block) % rank for block in range(blocks))
 
 
-def project(g: Tensor, drawn: Tensor, kind: str, key: int, m: int, rank: int, first: int, *, by_rows: bool) -> Tensor:
+def project(
+    g: Tensor, drawn: Tensor, kind: str, key: int, m: int, rank: int, first: int, *, by_rows: bool,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The projection of one box: [..., rows, rank] where rows are the channels, else [..., rank, columns].
 
     ``g`` is the box, [..., rows, columns]; ``drawn`` the part of what :func:`draw` gave that belongs to its
     coordinates, ``first`` the number of the first of these; ``by_rows``: whether rows are the channels and columns the
-    coordinates. The results of boxes with the same channels add up.
+    coordinates. The results of boxes with the same channels add up; to ``out`` (of matrices only), if given.
     """
     if not in_blocks(kind, m, rank):
-        return g @ drawn if by_rows else drawn.mT @ g
+        left, right = (g, drawn) if by_rows else (drawn.mT, g)
+        return left @ right if out is None else out.addmm_(left, right)
     axis, signs = (-1, drawn[:, 0]) if by_rows else (-2, drawn)
+    lengths, targets = _pieces(key, m, rank, first, g.shape[axis])
     shape = list(g.shape)
-    size, shape[axis] = shape[axis], rank
-    sums = g.new_zeros(shape)
+    shape[axis] = rank
+    sums = g.new_zeros(shape) if out is None else out
+    for source, weights, (start, count) in zip(g.split(lengths, axis), signs.split(lengths), targets, strict=True):
+        sums.narrow(axis, start, count).addcmul_(source, weights)
+    return sums
+
+
+@lru_cache(maxsize=4096)
+def _pieces(key: int, m: int, rank: int, first: int, size: int) -> tuple[list[int], list[tuple[int, int]]]:
+    """How the coordinates from ``first`` on are cut: lengths, and where each piece starts in the buckets, and its
+    length again.
+    """
+    found = []
     for block, offset in enumerate(_offsets(key, math.ceil(m / rank), rank)):
         low, high = max(block * rank, first), min((block + 1) * rank, first + size)
         turn = (block + 1) * rank - offset  # the first coordinate of the block that falls in bucket 0
         for start, stop, bucket in ((low, min(turn, high), rank - turn), (max(turn, low), high, -turn)):
             if start < stop:
-                source = g.narrow(axis, start - first, stop - start)
-                weights = signs.narrow(0, start - first, stop - start)
-                sums.narrow(axis, start + bucket, stop - start).addcmul_(source, weights)
-    return sums
+                found.append((start + bucket, stop - start))
+    return [count for _, count in found], found

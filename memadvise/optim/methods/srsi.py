@@ -109,6 +109,7 @@ class Ranks:
         truncation: "columns" or "svd".
         warm: start from the last factor where there is one.
         every: adapt every that many steps; 0: the rank is ``rank`` for good.
+        refresh: factor anew every that many steps, each parameter at steps of its own; 1: at each.
         stagger: parameters adapt at different steps.
         threshold: the relative Frobenius error that is good enough.
         increment: one of :data:`INCREMENTS`, or f.
@@ -122,6 +123,7 @@ class Ranks:
     truncation: str = "columns"
     warm: bool = False
     every: int = 0
+    refresh: int = 1
     stagger: bool = False
     threshold: float = 0.01
     increment: str | Growth = "logistic"
@@ -136,9 +138,20 @@ class Ranks:
         extra = self.oversampling if self.truncation == "svd" else 0
         return min(rank + extra, *shape[-2:])
 
-    def due(self, step: int, key: int) -> bool:
-        """Whether the rank is chosen anew at ``step`` (1, 2, ...): at the first, and then every so often."""
-        return self.adaptive and (step <= 1 or (step - 1 + (key if self.stagger else 0)) % self.every == 0)
+    def refreshes(self, step: int, key: int) -> bool:
+        """Whether the factors are made anew at ``step`` (1, 2, ...): at the first, and then every so often."""
+        return step <= 1 or (step - 1 + key) % self.refresh == 0
+
+    def since(self, step: int, key: int) -> int:
+        """How many steps, ``step`` included, the factors have not seen before it: 1 to ``refresh``."""
+        return min((step - 2 + key) % self.refresh + 1, step - 1) if step > 1 else 1
+
+    def due(self, step: int, key: int, since: int = 1) -> bool:
+        """Whether the rank is chosen anew at ``step``, where the factors are: at the first, and then every so often;
+        a day that fell among the last ``since`` steps, in which they were not, is made up for.
+        """
+        past = step - 1 + (key if self.stagger else 0)
+        return self.adaptive and (step <= 1 or past // self.every > (past - since) // self.every)
 
     def grown(self, rank: int, error: float) -> int:
         """The rank to try after ``rank`` left ``error``."""

@@ -117,6 +117,10 @@ class StoredMethod(Method):
     def mix(self, h: Hyper) -> Mix:
         """How the second moment takes up a gradient."""
 
+    def mix_of(self, ctx: Context) -> Mix:
+        """:meth:`mix` at this step, for this parameter."""
+        return self.mix(ctx.h)
+
     def store(self, shape: Shape, options: Any) -> Store:
         """The store for a (viewed) shape, or for a box of one that is independent of the others."""
         if len(shape) < 2 or options.store == "dense":
@@ -152,15 +156,15 @@ class StoredMethod(Method):
         return self.store(shape, options).reduced_axes
 
     def prepare(self, visit: Visit, state: Tensors, ctx: Context) -> tuple[Tensors, Tensors]:
-        small, new = self.store(ctx.shape, ctx.options).prepare(visit, state, ctx, self.mix(ctx.h))
+        small, new = self.store(ctx.shape, ctx.options).prepare(visit, state, ctx, self.mix_of(ctx))
         return {**ctx.scalars, **small}, new
 
     def stats(self, part: Part, ctx: Context, round_: Round) -> Tensors:
-        return self.store(ctx.shape, ctx.options).stats(part, self.mix(ctx.h), round_)
+        return self.store(ctx.shape, ctx.options).stats(part, self.mix_of(ctx), round_)
 
     def second(self, part: Part, ctx: Context) -> tuple[Tensor, Tensors]:
         """The v of this step on a box, and its new element-wise state."""
-        return self.store(ctx.shape, ctx.options).second(part, self.mix(ctx.h))
+        return self.store(ctx.shape, ctx.options).second(part, self.mix_of(ctx))
 
     def take(self, key: str, tensor: Tensor, box: Box) -> Tensor:
         if len(box) < 2 or key not in BY_ROWS + BY_COLUMNS:

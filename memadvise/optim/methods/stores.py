@@ -182,16 +182,19 @@ class LowRankStore(Store):
         return {**rank, "q": StateSpec((*lead, rows, k), dtype), "u": StateSpec((*lead, columns, k), dtype)}
 
     def prepare(self, visit: Visit, state: Tensors, ctx: Context, mix: Mix) -> tuple[Tensors, Tensors]:
-        ranks = self.ranks
+        ranks, turn = self.ranks, ctx.key_for("refresh")
         held = max(int(read(state["rank"], ranks.rank)), ranks.init) if ranks.adaptive else ranks.rank
         old = self._factors(state["q"][..., :held], state["u"][..., :held])
+        if not ranks.refreshes(ctx.step, turn):
+            return old, {}
         key = ctx.key_for("sketch", ctx.step)
 
         def begin(columns: int) -> Tensor:
             return srsi.start(key, self.shape, columns, state["u"], old["u"] if ranks.warm else None)
 
         passes = _Passes(visit, old, self.shape)
-        q, u, rank = srsi.factor(passes, self.shape, ranks, begin, held, ranks.due(ctx.step, ctx.key))
+        adapt = ranks.due(ctx.step, ctx.key, ranks.since(ctx.step, turn))
+        q, u, rank = srsi.factor(passes, self.shape, ranks, begin, held, adapt)
         finite = (q.isfinite().all(-1).all(-1) & u.isfinite().all(-1).all(-1))[..., None, None]
         new = {"q": self._kept(q, state["q"], finite)}
         del q

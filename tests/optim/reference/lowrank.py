@@ -75,6 +75,8 @@ class Factors:
         self.least = min(options.get("rank_min", 1), self.largest)
         self.first = min(options.get("rank_init") or self.least, self.largest)
         self.every = options.get("adapt_every", 0)
+        self.refresh, self.turn = options.get("refresh_every", 1), key_of(NAME_KEY, "refresh")
+        self.made = 0  # the step at which the factors were made last
         self.iterations = options.get("power_iterations", default_iterations)
         self.extra = options.get("oversampling", 5)
         self.options = options
@@ -103,9 +105,14 @@ class Factors:
     def error(self, v: Tensor, factors: list[tuple[Tensor, Tensor]]) -> float:
         return max(((a - q @ u.T).norm() / a.norm()).item() for a, (q, u) in zip(v, factors, strict=True) if a.norm())
 
+    def due(self, step: int) -> bool:
+        return step == 1 or (step - 1 + self.turn) % self.refresh == 0
+
     def replace(self, v: Tensor, step: int) -> None:
         offset = NAME_KEY if self.options.get("stagger") else 0
-        if self.every and self.first < self.largest and (step == 1 or (step - 1 + offset) % self.every == 0):
+        unseen = range(self.made + 1, step + 1) if self.every else range(0)
+        self.made = step
+        if any(d == 1 or (d - 1 + offset) % self.every == 0 for d in unseen) and self.first < self.largest:
             increment, limit = self.options.get("increment", "logistic"), self.options.get("error_threshold", 0.01)
             if increment == "one_shot":
                 tried = range(self.least, self.largest + 1)
@@ -146,8 +153,10 @@ def adapprox(
     for t, grad in enumerate(grads, start=1):
         g = grad.double().reshape(stack)
         if factors is not None:
-            v = b2 * factors.nonnegative(floor if adam else 0.0) + (1 - b2) * g * g
-            factors.replace(v, t)
+            decay = math.prod(b2 for _ in range(factors.made, t))  # since the factors were made
+            v = decay * factors.nonnegative(floor if adam else 0.0) + (1 - decay) * g * g
+            if factors.due(t):
+                factors.replace(v, t)
         else:
             v = b2 * v + (1 - b2) * g * g
         x = x - lr * weight_decay * x
