@@ -39,6 +39,7 @@ TORCH = "torch AdamW fused"
 SIZES = ((256, 13), (768, 14), (2048, 20))  # width and blocks: 10, 99 and 1,007 million parameters
 CUTS = ((10, 1024), (100, 324), (1000, 102), (10000, 32))  # so many square tensors of that side: 10 million parameters
 QUICK_SIZES, QUICK_CUTS = ((16, 1), (32, 2)), ((4, 32), (16, 16))
+LONGEST_SECONDS = 12.0  # of a step; by the size before, larger ones are left out
 SPARE_BYTES = 2**30  # for the interpreter, scratch, and whatever else runs
 COLUMNS = ("optimizer", "parameters", "tensors", "first s", "step ms", "ns/param", "us/tensor")
 Shape = tuple[int, ...]
@@ -62,8 +63,13 @@ def makers() -> Iterator[tuple[str, Setting, Callable[[list[Tensor]], Optimizer]
         yield name, setting, partial(MemadviseOptimizer, settings=setting, lr=1e-3)
 
 
-def rows(shapes: Sequence[Shape], device: str, patterns: Sequence[str], table: Rows) -> None:
-    """Print a row for each optimizer on parameters of these shapes, which are made once."""
+def rows(
+    shapes: Sequence[Shape], device: str, patterns: Sequence[str], table: Rows, per_parameter: dict[str, float]
+) -> None:
+    """Print a row for each optimizer on parameters of these shapes, which are made once.
+
+    ``per_parameter``: nanoseconds by optimizer, of the last size; filled here.
+    """
     chosen = [one for one in makers() if not patterns or any(p.lower() in one[0].lower() for p in patterns)]
     count = sum(torch.Size(shape).numel() for shape in shapes)
     room = available_bytes(device)
@@ -73,10 +79,16 @@ def rows(shapes: Sequence[Shape], device: str, patterns: Sequence[str], table: R
     for (name, setting, make), enough in zip(chosen, fits, strict=True):
         if not enough:
             lacking = (needed_bytes(setting, shapes) - (room or 0)) / 2**30
-            table.note(name, f"{count:>13,}  {len(shapes):>8,}  not measured: {lacking:.1f} GiB of memory are missing")
+            table.note(name, f"{count:>13,}  {len(shapes):>13,}  not measured: {lacking:.1f} GiB of memory are missing")
+            continue
+        expected = per_parameter.get(name, 0.0) * count / 1e9
+        if expected > LONGEST_SECONDS:
+            table.note(name, f"{count:>13,}  {len(shapes):>13,}  not measured: a step would take {expected:.0f} s")
             continue
         try:
-            table.add([name, count, len(shapes), *_time(make, params, device)])
+            figures = _time(make, params, device)
+            per_parameter[name] = figures[2]
+            table.add([name, count, len(shapes), *figures])
         except OptimizerError as error:
             table.note(name, f"skipped: {error.message}")
         gc.collect()
@@ -118,8 +130,9 @@ def main() -> None:
     table.start()
     sizes, cuts = (QUICK_SIZES, QUICK_CUTS) if options.quick else (SIZES, CUTS)
     parts = [blocks(*size) for size in sizes] + [[(side, side)] * count for count, side in cuts]
+    per_parameter: dict[str, float] = {}
     for shapes in parts:
-        rows(shapes, options.device, options.only, table)
+        rows(shapes, options.device, options.only, table, per_parameter)
         gc.collect()
 
 
