@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="thousands of parameters in a few tensors")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="optimizers whose name contains it")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no row after so many")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         print("not measured: torch sees no CUDA device")
@@ -131,7 +133,11 @@ def main() -> None:
     sizes, cuts = (QUICK_SIZES, QUICK_CUTS) if options.quick else (SIZES, CUTS)
     parts = [blocks(*size) for size in sizes] + [[(side, side)] * count for count, side in cuts]
     per_parameter: dict[str, float] = {}
+    start = time.perf_counter()
     for shapes in parts:
+        if time.perf_counter() - start > options.seconds:
+            print("The rest was not measured: out of time.")
+            break
         rows(shapes, options.device, options.only, table, per_parameter)
         gc.collect()
 

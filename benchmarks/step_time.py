@@ -31,6 +31,7 @@ import fnmatch
 import gc
 import importlib
 import itertools
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -117,6 +118,7 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="rows whose name contains or matches")
     parser.add_argument("--no-peers", action="store_true", help="torch's and our own rows only")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no row after so many")
     options = parser.parse_args()
     if options.rounds < LEAST_ROUNDS and not options.quick:
         parser.error(f"--rounds: at least {LEAST_ROUNDS}")
@@ -139,6 +141,9 @@ def main() -> None:
     rows = chosen([*torch_rows(), *our_rows(dtype)], options.only)
     others = iter(()) if options.no_peers else peer_rows(options.only, table)
     for row in itertools.chain(rows, others):
+        if time.perf_counter() - start > options.seconds:
+            table.note(row.name, "not measured: out of time")
+            continue
         try:
             result = yardstick.measure(row, rounds=rounds, threads=options.threads, wall_clock=wall)
         except OptimizerError as error:

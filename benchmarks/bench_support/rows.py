@@ -125,6 +125,12 @@ def our_rows(dtype: torch.dtype, width: int = WIDTH) -> list[Row]:
         1.3,
         forced={"chunked": None},
     )
+    add("adafactor", Setting("adafactor"), 1.3, forced={"chunked": None})
+    add("came", Setting("came"), 2.0, forced={"chunked": None})
+    add("adamw cautious", Setting("adamw", {"cautious": True}), 1.6, forced={"chunked": None})
+    for codec, target in (("int8", 2.0), ("dynamic8", 2.0), ("int4", None), ("bf16", None)):
+        setting = Setting("adamw", {"first_moment": codec, "second_moment": codec})
+        add(f"adamw {codec}", setting, target, forced={"chunked": None})
     add("apollo_mini", _hidden("apollo_mini", update_every=NO_REFRESH), 1.0)
     add("apollo gaussian", _hidden("apollo", rank=rank, update_every=NO_REFRESH), 7.0)
     add("apollo sketch", _hidden("apollo", rank=rank, projection="sketch", update_every=NO_REFRESH), 2.0)
@@ -135,12 +141,6 @@ def our_rows(dtype: torch.dtype, width: int = WIDTH) -> list[Row]:
         add(f"adapprox rank {few} every 4", Setting("adapprox", {**own, "refresh_every": 4}), 3.0, period=4)
         warm = {**own, "warm_start": True, "power_iterations": 2, "refresh_every": 4}
         add(f"adapprox rank {few} every 4, warm", Setting("adapprox", warm), 3.0, period=4)
-    add("adafactor", Setting("adafactor"), 1.3, forced={"chunked": None})
-    add("came", Setting("came"), 2.0, forced={"chunked": None})
-    add("adamw cautious", Setting("adamw", {"cautious": True}), 1.6, forced={"chunked": None})
-    for codec, target in (("int8", 2.0), ("dynamic8", 2.0), ("int4", None), ("bf16", None)):
-        setting = Setting("adamw", {"first_moment": codec, "second_moment": codec})
-        add(f"adamw {codec}", setting, target, forced={"chunked": None})
     add("micro_adam", Setting("micro_adam"), 3.0)
     add("lion", Setting("lion"))
     add("sgd momentum 0.9", Setting("sgd", {"momentum": 0.9}))

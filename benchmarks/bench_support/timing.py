@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
-import gc
 import io
 import os
 import re
@@ -194,7 +193,6 @@ def _forget_kernels() -> None:
 
 def kernel_bytes(step: Step) -> int | None:
     """How far resident memory rose within a step above what it was before; None without Linux's /proc."""
-    gc.collect()
     release_free_memory()  # or a step would live on what malloc kept of earlier ones, unseen
     try:
         _CLEAR_REFS.write_text("5", encoding="ascii")  # the high-water mark is set to what is resident now
