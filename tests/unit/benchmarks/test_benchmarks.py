@@ -319,6 +319,17 @@ def test_a_step_that_does_nothing_is_no_measurement() -> None:
         measured(Row("idle", lambda model: torch.optim.SGD(model.parameters(), lr=0.0)))
 
 
+def test_state_that_hides_in_objects_and_views_counts() -> None:
+    class Projector:
+        def __init__(self) -> None:
+            self.matrix = torch.zeros(8, 8)[:2]  # a view keeps all of it
+
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.SGD([p])
+    optimizer.state[p] = {"exp_avg": torch.zeros(4), "projector": Projector(), "inner": {"more": [torch.zeros(2)]}}
+    assert timing.held_bytes(optimizer) == 16 + 256 + 8
+
+
 def test_gradients_that_a_peer_drops_are_there_again() -> None:
     class Dropping(torch.optim.SGD):
         def step(self, closure: Any = None) -> None:
