@@ -1,15 +1,17 @@
 """The estimated peak of a training step beside the measured one.
 
-    python benchmarks/estimate_accuracy.py [--quick] [--device cpu|cuda]
+    python benchmarks/estimate_accuracy.py [--quick] [--few] [--device cpu|cuda]
 
 On the CPU the measurement is that of torch's allocator events (memadvise.memory.measure). On CUDA it is
 torch.cuda.max_memory_allocated() of the third step, without what stays allocated when the model is gone (workspaces of
-cuBLAS); there the workloads run enlarged, so that a step takes hundreds of MiB.
+cuBLAS); there the workloads run enlarged, so that a step takes hundreds of MiB. Rows are printed as they come.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import gc
 import statistics
 import tempfile
@@ -19,7 +21,7 @@ from pathlib import Path
 
 import torch
 from bench_support.cuda import measure_cuda
-from bench_support.output import MIB, machine, table
+from bench_support.output import MIB, Rows, machine
 from bench_support.workloads import OPTIMIZERS, Workload, examples, llama_bf16, make_optimizer, switches
 
 from memadvise.memory.estimate import estimate
@@ -42,20 +44,21 @@ COLUMNS = (
 Case = tuple[str, MakeOptimizer, str, Switches]
 
 
-def cases(target: Target, device: str, *, quick: bool) -> Iterator[Case]:
-    """Every optimizer without switches, then every switch with the first optimizer."""
+def cases(target: Target, device: str, *, few: bool) -> Iterator[Case]:
+    """Every optimizer without switches, then every switch with the first optimizer; three of them if ``few``."""
     names, changes = OPTIMIZERS[device], switches(target)
     pairs = [(name, "none") for name in names] + [(names[0], change) for change in changes if change != "none"]
-    if quick:
+    if few:
         pairs = [(names[0], "none"), (names[-1], "none"), pairs[-1]]
     for name, change in pairs:
         yield name, make_optimizer(name, target), change, changes[change]
 
 
-def compare(workload: Workload, device: str, *, quick: bool) -> Iterator[tuple[list[object], float | None]]:
+def compare(workload: Workload, device: str, *, few: bool) -> Iterator[tuple[list[object], float | None]]:
     """One row of the table for each case, and its error in per cent if it was measured."""
     target = workload.make()
-    for optimizer, make, name, change in cases(target, device, quick=quick):
+    built = built_once(target)
+    for optimizer, make, name, change in cases(target, device, few=few):
         start = time.perf_counter()
         predicted = estimate(target, device=device, optimizer=make, switches=change).peak_bytes
         estimated = time.perf_counter()
@@ -64,14 +67,26 @@ def compare(workload: Workload, device: str, *, quick: bool) -> Iterator[tuple[l
             yield [*row, "not measured", "", estimated - start, ""], None
             continue
         measured = (
-            measure_cuda(target, optimizer=make, switches=change).peak_bytes
+            measure_cuda(built, optimizer=make, switches=change).peak_bytes
             if device == "cuda"
-            else measure_cpu(target, optimizer=make, switches=change).peak_bytes
+            else measure_cpu(built, optimizer=make, switches=change).peak_bytes
         )
         error = 100 * (predicted / measured - 1)
         took = time.perf_counter() - estimated
         yield [*row, measured / MIB, f"{error:+.2f}", estimated - start, took], error
         gc.collect()
+
+
+def built_once(target: Target) -> Target:
+    """``target`` with a model that is made once and copied: random weights take longer than the steps do."""
+    made: list[torch.nn.Module] = []
+
+    def build_model() -> torch.nn.Module:
+        if not made:
+            made.append(target.build_model())
+        return copy.deepcopy(made[0])
+
+    return dataclasses.replace(target, build_model=build_model)
 
 
 def summary(device: str, errors: list[float]) -> str:
@@ -86,11 +101,13 @@ def summary(device: str, errors: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Estimated against measured peaks of training steps.")
     parser.add_argument("--quick", action="store_true", help="three cases of two workloads")
+    parser.add_argument("--few", action="store_true", help="three cases of every workload")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: both")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(machine(), end="\n\n")
-    rows: list[list[object]] = []
+    table = Rows(COLUMNS, (6, 22, 18, 15))
+    table.start()
     sentences = []
     with tempfile.TemporaryDirectory() as folder:
         for device in [options.device] if options.device else ["cpu", "cuda"]:
@@ -98,11 +115,11 @@ def main() -> None:
             workloads = [*examples(large=large), llama_bf16(Path(folder), large=large)]
             errors = []
             for workload in workloads[-2:] if options.quick else workloads:
-                for row, error in compare(workload, device, quick=options.quick):
-                    rows.append(row)
+                for row, error in compare(workload, device, few=options.quick or options.few):
+                    table.add(row)
                     errors += [error] if error is not None else []
             sentences.append(summary(device, errors))
-    print(table(COLUMNS, rows), *sentences, sep="\n")
+    print(*sentences, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,232 +1,183 @@
 """The time of one optimizer step relative to torch.optim.AdamW(fused=True), and the memory it takes for the time.
 
-    python benchmarks/step_time.py [--quick] [--device cpu|cuda] [--rounds 9] [--dtype float32|bfloat16]
+    python benchmarks/step_time.py [--quick] [--device cpu|cuda] [--dtype float32|bfloat16] [--blocks 12]
+                                   [--only PATTERN ...] [--no-peers] [--no-wall] [--rounds 9]
 
-The shapes are those of GPT-2 at one third: 4 blocks of width 768, vocabulary 16752. Both optimizers step equal copies
-in one process, in turn, so that whatever else the machine does falls on both. On the CPU the time is what the process
-spent on its CPU, on one thread; on CUDA what events on the stream say. Figures are medians.
+The parameters are those of GPT-2 124M with a tied head. Every optimizer steps a copy of them in turn with the
+yardstick, in one process, so that whatever else the machine does falls on both; figures are medians. On the CPU there
+are two ratios: process CPU seconds with one thread, which another load on the machine hardly touches, and wall clock
+with all threads. The first step of each row finds nothing compiled, on disk or in memory. Transient memory is the
+growth of resident memory within a step by the kernel's high-water mark, beside the count of torch's allocator; scratch
+is what our optimizers say they need. On CUDA the time is what events on the stream say, and what had to be read and
+written (the byte bound is that, relative to the yardstick) over this time is set beside the bandwidth of a copy.
+
+Low-rank methods (APOLLO, GaLore; ours and the peers') step the matrices of the blocks, at rank 192 or 1, and leave
+embeddings, norms and biases to their dense Adam, as the papers do. They project once, in the first step: no timed step
+has a refresh in it. Adapprox "every 4" is the mean of four steps, one of which renews the factors.
+
+Peers are measured where they are installed, which takes:
+
+    pip install torchao bitsandbytes pytorch-optimizer torch-optimi heavyball adam-mini apollo-torch galore-torch
+    pip install came-pytorch transformers numpy
+
+A target is reached if the ratio of CPU seconds, rounded to one decimal as the targets are, is at most the target.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import contextlib
+import fnmatch
 import gc
-import statistics
+import importlib
+import itertools
+import math
+import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
+
+# Threads that wait by spinning slow each other down many times over where cores are shared; torch's do by default.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from bench_support.output import MIB, machine, table
-from torch import nn
-from torch.optim import Optimizer
+from bench_support import peers
+from bench_support.output import MIB, Rows, machine
+from bench_support.rows import Gpt2, Row, our_rows, torch_rows
+from bench_support.timing import LEAST_ROUNDS, Result, Yardstick, copy_bandwidth
 
-from memadvise.memory.allocator_log import allocator_log
-from memadvise.memory.tensors import state_bytes
-from memadvise.optim.create import create_optimizer
-from memadvise.plan.schema import Plan, Rule, Setting
+from memadvise.errors import OptimizerError
 
-WIDTH, HEADS = 768, 12
-COLUMNS = ("optimizer", "ms/step", "ratio", "state B/param", "transient MiB", "/ largest tensor")
-MakeOptimizer = Callable[[nn.Module], Optimizer]
-
-
-class Shapes(nn.Module):
-    """The parameters of a GPT-2; it has no forward pass."""
-
-    def __init__(self, *, width: int = WIDTH, blocks: int = 4, vocabulary: int = 16752, positions: int = 1024) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(positions, width)
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "norm1": nn.LayerNorm(width),
-                    "qkv": nn.Linear(width, 3 * width),
-                    "out": nn.Linear(width, width),
-                    "norm2": nn.LayerNorm(width),
-                    "up": nn.Linear(width, 4 * width),
-                    "down": nn.Linear(4 * width, width),
-                }
-            )
-            for _ in range(blocks)
-        )
-        self.norm = nn.LayerNorm(width)
+NAME_WIDTH, EXECUTOR_WIDTH = 49, 14
+CPU_COLUMNS = (
+    "optimizer", "executor", "CPU ms", "CPU ratio", "wall ratio", "target", "reached", "byte bound", "first s",
+    "state B/param", "transient MiB", "allocator", "scratch",
+)  # fmt: skip
+CUDA_COLUMNS = (
+    "optimizer", "executor", "ms", "ratio", "byte bound", "GB/s", "% of copy", "first s", "state B/param",
+    "transient MiB", "scratch",
+)  # fmt: skip
 
 
-def _torch(model: nn.Module, **options: bool) -> Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, **options)
+def chosen(rows: Sequence[Row], patterns: Sequence[str]) -> Iterator[Row]:
+    """The rows whose names match one of the patterns, or contain it; all without patterns."""
+    for row in rows:
+        name = row.name.lower()
+        if not patterns or any(p.lower() in name or fnmatch.fnmatch(name, p.lower()) for p in patterns):
+            yield row
 
 
-def _ours(model: nn.Module, plan: Plan | Setting, executor: str | None = None) -> Optimizer:
-    return create_optimizer(model, plan, lr=1e-3, weight_decay=0.1, executor=executor)
+def reached(result: Result, target: float | None) -> str:
+    """Whether the ratio of CPU seconds is at most the target, with its one decimal."""
+    return "" if target is None else "yes" if round(result.cpu.ratio, 1) <= target else "no"
 
 
-def _adam_mini_heads(width: int) -> Plan:
-    """Adam-mini as its paper divides: heads of query and key, rows elsewhere (value too), norms and biases whole."""
-    segments = [[0, width, HEADS], [width, 2 * width, HEADS], [2 * width, 3 * width, 0]]
-    return Plan(
-        (
-            Rule("blocks.*.qkv.weight", "adam_mini", {"partition": "head", "segments": segments}),
-            Rule("**.bias", "adam_mini", {"partition": "whole"}),
-            Rule("**norm*.weight", "adam_mini", {"partition": "whole"}),
-            Rule("**", "adam_mini", {"partition": "row"}),
-        )
-    )
+def cells(row: Row, result: Result, count: int, bandwidth: float | None) -> list[object]:
+    """One line: of CUDA_COLUMNS where the bandwidth of a copy is known, else of CPU_COLUMNS."""
+    bound: object = "" if result.moved_bytes is None else result.moved_bytes / result.yardstick_bytes
+    scratch: object = "" if result.scratch_bytes is None else result.scratch_bytes / MIB
+    state = result.state_bytes / count
+    common: list[object] = [row.name, result.executors, 1000 * result.cpu.seconds, result.cpu.ratio]
+    if bandwidth is not None:
+        speed = None if result.moved_bytes is None else result.moved_bytes / result.cpu.seconds
+        rate = ["", ""] if speed is None else [speed / 1e9, 100 * speed / bandwidth]
+        return [*common, bound, *rate, result.first_seconds, state, result.allocator_bytes / MIB, scratch]
+    return [
+        *common,
+        "" if result.wall is None else result.wall.ratio,
+        "" if row.target is None else row.target,
+        reached(result, row.target),
+        bound,
+        result.first_seconds,
+        state,
+        "" if result.kernel_bytes is None else result.kernel_bytes / MIB,
+        result.allocator_bytes / MIB,
+        scratch,
+    ]
 
 
-def methods(dtype: torch.dtype, width: int = WIDTH) -> dict[str, MakeOptimizer]:
-    """Every bundled method, and torch's own implementations."""
-    settings = {
-        "slimadam axes [1] (row means)": Setting("slimadam", {"axes": [1]}),
-        "slimadam axes [0] (column means)": Setting("slimadam", {"axes": [0]}),
-        "slimadam axes [0, 1]": Setting("slimadam", {"axes": [0, 1]}),
-        "adam_mini row": Setting("adam_mini", {"partition": "row"}),
-        "adam_mini column": Setting("adam_mini", {"partition": "column"}),
-        "adam_mini whole": Setting("adam_mini", {"partition": "whole"}),
-        "adam_mini heads": _adam_mini_heads(width),
-        "lion": Setting("lion"),
-        "sgd momentum 0.9": Setting("sgd", {"momentum": 0.9}),
-        "sgd momentum 0": Setting("sgd", {"momentum": 0.0}),
-        "adafactor": Setting("adafactor"),
-        "came": Setting("came"),
-        "adapprox rank 4": Setting("adapprox", {"rank": 4, "adapt_every": 0}),
-        "micro_adam": Setting("micro_adam"),
-        "apollo_mini": Setting("apollo_mini"),
-        "apollo gaussian": Setting("apollo", {"rank": width // 4}),
-        "apollo sketch": Setting("apollo", {"rank": width // 4, "projection": "sketch"}),
-        "galore (no refresh)": Setting("galore", {"rank": width // 4}),
-        "rmsprop": Setting("rmsprop"),
-        "rmsprop factored": Setting("rmsprop", {"store": "factored"}),
-        "adagrad": Setting("adagrad"),
-        "adamw cautious": Setting("adamw", {"cautious": True}),
-        "adamw dynamic8": Setting("adamw", {"first_moment": "dynamic8", "second_moment": "dynamic8"}),
-        "adamw int8": Setting("adamw", {"first_moment": "int8", "second_moment": "int8"}),
-        "adamw int4": Setting("adamw", {"first_moment": "int4", "second_moment": "int4"}),
-        "adamw bf16": Setting("adamw", {"first_moment": "bf16", "second_moment": "bf16"}),
-        "slimadam [1] + int8": Setting("slimadam", {"axes": [1], "first_moment": "int8"}),
-        **({name: Setting("adamw", {"weights": name}) for name in ("stochastic", "ecc8")}
-           if dtype is torch.bfloat16 else {}),
-    }  # fmt: skip
-    return {
-        "torch AdamW fused (against itself)": partial(_torch, fused=True),
-        "torch AdamW for-loop": partial(_torch, foreach=False),
-        "torch AdamW foreach": partial(_torch, foreach=True),
-        "memadvise adamw": partial(_ours, plan=Setting("adamw")),
-        **({"memadvise adamw chunked": partial(_ours, plan=Setting("adamw"), executor="chunked")}
-           if dtype is torch.float32 else {}),
-        **{f"memadvise {name}": partial(_ours, plan=setting) for name, setting in settings.items()},
-    }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Result:
-    """Medians of one method and of the yardstick beside it."""
-
-    seconds: float
-    yardstick: float
-    state_bytes: int
-    transient_bytes: int
-
-
-def seconds_of(step: Callable[[], object], device: str) -> float:
-    """What one step costs: CPU seconds of this process, or the time between two events on the CUDA stream."""
-    if device == "cpu":
-        start = time.process_time()
-        step()
-        return time.process_time() - start
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    first.record()
-    step()
-    last.record()
-    torch.cuda.synchronize()
-    return first.elapsed_time(last) / 1000
-
-
-def transient_bytes(step: Callable[[], object], device: str) -> int:
-    """The most that a step holds beyond what is there before it, as torch's allocator counts."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with allocator_log() as log:
-        step()
-    level = peak = 0
-    for size in log.sizes():
-        level += size
-        peak = max(peak, level)
-    return peak
-
-
-def compare(make: MakeOptimizer, model: nn.Module, *, rounds: int, device: str) -> Result:
-    """Step two equal copies of ``model`` in turn."""
-    copies = [_with_gradients(copy.deepcopy(model)) for _ in range(2)]
-    mine, yardstick = make(copies[0]), _torch(copies[1], fused=True)
-    for optimizer in (mine, yardstick):
-        for _ in range(2):  # state is made; caches are warm
-            optimizer.step()
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds):
-        for seconds, optimizer in zip(times, (mine, yardstick), strict=True):
-            seconds.append(seconds_of(optimizer.step, device))
-    result = Result(*map(statistics.median, times), state_bytes(mine), transient_bytes(mine.step, device))
-    del mine, yardstick, copies
-    gc.collect()
-    return result
-
-
-def _with_gradients(model: nn.Module) -> nn.Module:
-    for p in model.parameters():
-        p.grad = torch.randn_like(p) * 1e-3
-    return model
+def peer_rows(patterns: Sequence[str], table: Rows) -> Iterator[Row]:
+    """The rows of the packages that are installed; a note for each of the others."""
+    for package in peers.PACKAGES:
+        rows = list(chosen(list(package.rows()), patterns))
+        if rows and not package.installed():
+            table.note(package.distribution, "not installed")
+        elif rows:
+            yield from rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time of an optimizer step relative to torch's fused AdamW.")
-    parser.add_argument("--quick", action="store_true", help="one small block and three rounds")
-    parser.add_argument("--rounds", type=int, default=9, help="at least 7, unless --quick")
+    parser.add_argument("--quick", action="store_true", help="one small block and one round")
+    parser.add_argument("--rounds", type=int, default=9, help=f"at least {LEAST_ROUNDS}, unless --quick")
+    parser.add_argument("--blocks", type=int, help="12 unless given; with fewer the vocabulary shrinks alike")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the wall clock's pass")
+    parser.add_argument(
+        "--no-wall", action="store_true", help="CPU seconds only: rows that compile do it once, not twice"
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="rows whose name contains or matches")
+    parser.add_argument("--no-peers", action="store_true", help="torch's and our own rows only")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no row after so many")
     options = parser.parse_args()
-    if options.rounds < 7 and not options.quick:
-        parser.error("--rounds: at least 7")
+    if options.rounds < LEAST_ROUNDS and not options.quick:
+        parser.error(f"--rounds: at least {LEAST_ROUNDS}")
     if options.device == "cuda" and not torch.cuda.is_available():
         print("not measured: torch sees no CUDA device")
         return
-    rounds = 3 if options.quick else options.rounds
-    torch.set_num_threads(1)
+    rounds = 1 if options.quick else options.rounds
+    blocks = options.blocks or (1 if options.quick else 12)
     torch.manual_seed(0)
-    dtype = getattr(torch, options.dtype)
-    model = (Shapes(blocks=1, vocabulary=2048) if options.quick else Shapes()).to(options.device, dtype)
-    sizes = [p.numel() for p in model.parameters()]
-    count, largest = sum(sizes), max(sizes) * dtype.itemsize
-    clock = "CUDA events" if options.device == "cuda" else "CPU seconds of the process, one thread"
-    print(machine())
-    print(
-        f"step:     {count:,} parameters, {options.dtype}, {options.device}; {clock}; medians of {rounds}", end="\n\n"
-    )
-    rows: list[list[object]] = []
+    dtype, start = getattr(torch, options.dtype), time.perf_counter()
+    vocabulary = 2048 if options.quick else 50257 * min(blocks, 12) // 12
+    yardstick = Yardstick(Gpt2(blocks=blocks, vocabulary=vocabulary).to(options.device, dtype), options.device)
+    wall = options.device == "cpu" and not options.no_wall
+    bandwidth = copy_bandwidth(options.device) if options.device == "cuda" else None
+    print(machine(), f"{'peers:':<10}{'' if options.no_peers else peers.versions()}".rstrip(), sep="\n")
+    _describe(yardstick, options, rounds, bandwidth)
+    table = Rows(CPU_COLUMNS if bandwidth is None else CUDA_COLUMNS, (NAME_WIDTH, EXECUTOR_WIDTH))
+    table.start()
     yardsticks = []
-    for name, make in methods(dtype).items():
-        result = compare(make, model, rounds=rounds, device=options.device)
-        yardsticks.append(result.yardstick)
-        rows.append(
-            [
-                name,
-                1000 * result.seconds,
-                result.seconds / result.yardstick,
-                result.state_bytes / count,
-                result.transient_bytes / MIB,
-                result.transient_bytes / largest,
-            ]
-        )
-    print(table(COLUMNS, rows))
-    print(f"The yardstick took {1000 * min(yardsticks):.2f} to {1000 * max(yardsticks):.2f} ms beside the others.")
+    rows = chosen([*torch_rows(), *our_rows(dtype)], options.only)
+    others = iter(()) if options.no_peers else peer_rows(options.only, table)
+    for row in itertools.chain(rows, others):
+        if time.perf_counter() - start > options.seconds:
+            table.note(row.name, "not measured: out of time")
+            continue
+        try:
+            result = yardstick.measure(row, rounds=rounds, threads=options.threads, wall_clock=wall)
+        except OptimizerError as error:
+            table.note(row.name, f"skipped: {error.message}")
+        except Exception as error:  # of a peer, usually: the other rows are not its business
+            table.note(row.name, peers.reason(error))
+        else:
+            yardsticks.append(result.cpu.yardstick)
+            table.add(cells(row, result, yardstick.count, bandwidth))
+        gc.collect()
+    if yardsticks:
+        low, high = 1000 * min(yardsticks), 1000 * max(yardsticks)
+        print(f"\nThe yardstick took {low:.2f} to {high:.2f} ms beside the others.", end=" ")
+    print(f"All rows took {time.perf_counter() - start:.0f} s.")
+
+
+def _describe(yardstick: Yardstick, options: argparse.Namespace, rounds: int, bandwidth: float | None) -> None:
+    """What is stepped, and how it is timed."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torch._inductor.compile_fx")  # not part of any row's first step
+    clock = (
+        "CUDA events"
+        if bandwidth is not None
+        else f"CPU seconds of the process with 1 thread, wall clock with {options.threads} "
+        f"(OMP_WAIT_POLICY {os.environ['OMP_WAIT_POLICY']})"
+    )
+    print(
+        f"step:     {yardstick.count:,} parameters, {options.dtype}, {options.device}; largest tensor "
+        f"{yardstick.largest_bytes / MIB:.0f} MiB; {clock}; medians of {rounds}, "
+        f"{min(rounds, LEAST_ROUNDS)} where steps are slow"
+    )
+    if bandwidth is not None:
+        print(f"copy:     {bandwidth / 1e9:,.0f} GB/s, read and written")
+    print()
 
 
 if __name__ == "__main__":

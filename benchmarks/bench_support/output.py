@@ -62,3 +62,40 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def _cell(value: object) -> str:
     return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+class Rows:
+    """A table that is printed line by line, so that what was measured is seen when a run is cut short.
+
+    Args:
+        columns: their names; the first ``left`` hold text, the others numbers.
+        widths: of the text columns; a number that is wider than its column's name takes ``number`` characters.
+    """
+
+    def __init__(self, columns: Sequence[str], widths: Sequence[int], *, number: int = 8) -> None:
+        self.columns = columns
+        self.left = len(widths)
+        text = [max(len(name), width) for name, width in zip(columns, widths, strict=False)]
+        self.widths = [*text, *(max(len(name), number) for name in columns[self.left :])]
+
+    def start(self) -> None:
+        """Print the names of the columns."""
+        self._print(self.columns)
+        self._print(["-" * width for width in self.widths])
+
+    def add(self, row: Sequence[object]) -> None:
+        """Print one row at once."""
+        if len(row) != len(self.columns):
+            raise ValueError(f"every row needs {len(self.columns)} cells")
+        self._print([_cell(value) for value in row])
+
+    def note(self, name: str, text: str) -> None:
+        """Print a name and why there are no numbers."""
+        print(f"{name.ljust(self.widths[0])}  {text}", flush=True)
+
+    def _print(self, cells: Sequence[str]) -> None:
+        parts = [
+            cell.ljust(width) if i < self.left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, self.widths, strict=True))
+        ]
+        print("  ".join(parts).rstrip(), flush=True)

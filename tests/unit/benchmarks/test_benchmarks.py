@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import dataclasses
 import os
 import subprocess
 import sys
@@ -26,9 +28,12 @@ sys.path.append(str(BENCHMARKS))
 
 import convergence  # noqa: E402
 import estimate_accuracy  # noqa: E402
+import scaling  # noqa: E402
+import shadow_cost  # noqa: E402
 import step_time  # noqa: E402
 import trace_scale  # noqa: E402
-from bench_support import cuda, output, workloads  # noqa: E402
+from bench_support import cuda, output, peers, timing, workloads  # noqa: E402
+from bench_support.rows import Gpt2, Row, moved_bytes, our_rows, torch_adamw, torch_rows  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +68,22 @@ def test_a_table_is_aligned() -> None:
     assert output.table(("a", "b"), []) == "a  b\n-  -"
     with pytest.raises(ValueError, match="2 cells"):
         output.table(("a", "b"), [["one"]])
+
+
+def test_rows_are_printed_as_they_come(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = output.Rows(("name", "what", "count"), (6, 5), number=7)
+    rows.start()
+    rows.add(["a", "", 1234])
+    assert capsys.readouterr().out.splitlines() == [
+        "name    what     count",
+        "------  -----  -------",
+        "a                1,234",
+    ]
+    rows.add(["longer than that", "x", 0.5])
+    rows.note("b", "not installed")
+    assert capsys.readouterr().out.splitlines() == ["longer than that  x         0.50", "b       not installed"]
+    with pytest.raises(ValueError, match="3 cells"):
+        rows.add(["a", "b"])
 
 
 def test_the_machine_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +192,7 @@ def test_measuring_keeps_the_random_state_and_takes_optimizer_and_switches(monke
 
 def test_rows_of_the_accuracy_table() -> None:
     workload = workloads.Workload("tiny", tiny)
-    rows = list(estimate_accuracy.compare(workload, "cpu", quick=False))
+    rows = list(estimate_accuracy.compare(workload, "cpu", few=False))
     assert [(row[2], row[3]) for row, _ in rows] == [
         *((name, "none") for name in workloads.OPTIMIZERS["cpu"]),
         ("AdamW for-loop", "2 micro-batches"),
@@ -184,40 +205,233 @@ def test_rows_of_the_accuracy_table() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA: it is measured")
 def test_without_cuda_nothing_is_claimed() -> None:
-    rows = list(estimate_accuracy.compare(workloads.Workload("tiny", tiny), "cuda", quick=True))
+    rows = list(estimate_accuracy.compare(workloads.Workload("tiny", tiny), "cuda", few=True))
     assert {(row[5], row[6], error) for row, error in rows} == {("not measured", "", None)}
     assert all(isinstance(row[4], float) and row[4] > 0 for row, _ in rows)
     assert estimate_accuracy.summary("cuda", []) == "cuda: not measured (torch sees no CUDA device)."
     assert "worst -3.000 %" in estimate_accuracy.summary("cuda", [1.0, -3.0, 2.0])
 
 
+def test_a_model_is_made_once_and_copied() -> None:
+    made: list[nn.Module] = []
+
+    def build_model() -> nn.Module:
+        made.append(nn.Linear(2, 2))
+        return made[-1]
+
+    target = estimate_accuracy.built_once(Target(build_model=build_model, build_batches=lambda: [torch.ones(1, 2)]))
+    first, second = target.model(), target.model()
+    assert len(made) == 1
+    assert torch.equal(first.weight, second.weight)
+    with torch.no_grad():
+        first.weight.zero_()
+    assert second.weight.any()
+
+
 # ---------------------------------------------------------------- step_time
 
 
-def small_shapes() -> nn.Module:
-    return step_time.Shapes(width=48, blocks=1, vocabulary=64, positions=16)
+def small() -> nn.Module:
+    return Gpt2(width=48, blocks=1, vocabulary=64, positions=16)
+
+
+def measured(row: Row, model: nn.Module | None = None) -> timing.Result:
+    return timing.Yardstick(model or small(), "cpu").measure(row, rounds=1, threads=1, wall_clock=False)
+
+
+def in_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes seconds for each row, and is the executor's business."""
+    from memadvise.optim.executors import compiled
+
+    monkeypatch.setattr(compiled, "wanted", lambda *_: False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_method_is_timed_beside_the_yardstick(dtype: torch.dtype) -> None:
-    count = sum(p.numel() for p in small_shapes().parameters())
-    results = {
-        name: step_time.compare(make, small_shapes().to(dtype), rounds=1, device="cpu")
-        for name, make in step_time.methods(dtype, 48).items()
-    }
-    assert all(r.seconds > 0 and r.yardstick > 0 for r in results.values())
+def test_every_method_is_timed_beside_the_yardstick(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_eager(monkeypatch)
+    monkeypatch.setattr(timing, "cold_compiler", contextlib.nullcontext)
+    yardstick, count = timing.Yardstick(small().to(dtype), "cpu"), sum(p.numel() for p in small().parameters())
+    results = {}
+    for row in [*torch_rows(), *our_rows(dtype, 48)]:
+        if not row.name.endswith(("compiled", "every 4", "every 4, warm")):
+            results[row.name] = yardstick.measure(row, rounds=1, threads=1, wall_clock=False)
+    assert all(r.cpu.seconds > 0 and r.cpu.yardstick > 0 and r.first_seconds > 0 for r in results.values())
+    assert all(r.wall is None for r in results.values())
     assert results["memadvise sgd momentum 0"].state_bytes == 0
     assert results["memadvise lion"].state_bytes == 4 * count
-    assert 4 * count < results["memadvise slimadam axes [1] (row means)"].state_bytes < 4.5 * count
-    assert results["torch AdamW foreach"].transient_bytes >= count * dtype.itemsize
+    assert 4 * count < results["memadvise slimadam axes [1] (row means) chunked"].state_bytes < 4.5 * count
+    assert results["torch AdamW foreach"].allocator_bytes >= count * dtype.itemsize
+    assert results["memadvise adamw chunked"].executors == "chunked"
     if dtype is torch.float32:
-        assert results["memadvise adamw"].transient_bytes < 1024 < results["memadvise adamw chunked"].transient_bytes
+        dense, chunked = results["memadvise adamw"], results["memadvise adamw chunked"]
+        assert dense.executors == "fused"
+        assert dense.scratch_bytes == 0
+        assert dense.allocator_bytes < 1024 < chunked.allocator_bytes
 
 
 def test_the_shapes_are_gpt2s() -> None:
     with torch.device("meta"):
-        model = step_time.Shapes(blocks=12, vocabulary=50257)
+        model = Gpt2()
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("memadvise adamw", 28),
+        ("memadvise slimadam axes [1] (row means) chunked", 20),
+        ("memadvise slimadam axes [0] (column means) chunked", 24),
+        ("memadvise adafactor", 16),
+        ("memadvise came", 28),
+        ("memadvise adamw cautious", 36),
+        ("memadvise adamw int8", 16),
+        ("memadvise lion", 20),
+        ("memadvise sgd momentum 0", 12),
+    ],
+)
+def test_bytes_that_must_move(name: str, share: int) -> None:
+    """The table of research: bytes for each parameter, of matrices."""
+    model = nn.Sequential(nn.Linear(512, 512, bias=False), nn.Linear(512, 512, bias=False))
+    optimizer = next(row for row in our_rows(torch.float32) if row.name == name).make(model)
+    moved = moved_bytes(optimizer)
+    assert moved is not None
+    assert moved / (2 * 512 * 512) == pytest.approx(share, rel=0.02)
+
+
+def test_bytes_that_must_move_of_others() -> None:
+    model = timing.with_gradients(nn.Linear(64, 64, bias=False))
+    optimizer = torch_adamw(model, fused=True)
+    optimizer.step()
+    assert moved_bytes(optimizer) == 28 * 64 * 64 + 2 * 4  # and the step
+    assert moved_bytes(torch.optim.Adafactor(model.parameters())) is None
+
+
+def test_low_rank_methods_step_the_matrices_of_blocks() -> None:
+    for row in our_rows(torch.float32, 48):
+        if row.name.split()[1] in ("apollo", "apollo_mini", "galore"):
+            projected = {m.name for m in row.make(small()).memory() if not m.setting.startswith("adamw")}
+            names = ("attn.qkv", "attn.proj", "mlp.up", "mlp.down")
+            assert projected == {f"blocks.0.{name}.weight" for name in names}, row.name
+
+
+def test_a_step_that_does_nothing_is_no_measurement() -> None:
+    with pytest.raises(RuntimeError, match="changes nothing"):
+        measured(Row("idle", lambda model: torch.optim.SGD(model.parameters(), lr=0.0)))
+
+
+def test_state_that_hides_in_objects_and_views_counts() -> None:
+    class Projector:
+        def __init__(self) -> None:
+            self.matrix = torch.zeros(8, 8)[:2]  # a view keeps all of it
+
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.SGD([p])
+    optimizer.state[p] = {"exp_avg": torch.zeros(4), "projector": Projector(), "inner": {"more": [torch.zeros(2)]}}
+    assert timing.held_bytes(optimizer) == 16 + 256 + 8
+
+
+def test_gradients_that_a_peer_drops_are_there_again() -> None:
+    class Dropping(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            assert all(p.grad is not None for group in self.param_groups for p in group["params"])
+            super().step()
+            self.zero_grad()
+
+    assert measured(Row("dropping", lambda model: Dropping(model.parameters(), lr=1.0))).cpu.seconds > 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel's high-water mark is Linux's")
+def test_the_kernel_sees_memory_that_is_freed_within_the_step() -> None:
+    def step() -> None:
+        torch.ones(64 * 2**20, dtype=torch.uint8)
+
+    assert timing.kernel_bytes(step) == pytest.approx(64 * 2**20, rel=0.1)
+    assert timing.allocator_bytes(step, "cpu") == 64 * 2**20
+
+
+def test_without_proc_the_step_is_still_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(timing, "_CLEAR_REFS", tmp_path / "no" / "clear_refs")
+    calls: list[int] = []
+    assert timing.kernel_bytes(lambda: calls.append(1)) is None
+    assert calls == [1]
+
+
+def test_targets_are_compared_with_one_decimal() -> None:
+    result = measured(Row("sgd", lambda model: torch.optim.SGD(model.parameters(), lr=1.0)))
+    close, above = (dataclasses.replace(result, cpu=timing.Pair(ratio, 1.0)) for ratio in (1.34, 1.36))
+    assert (step_time.reached(close, 1.3), step_time.reached(above, 1.3)) == ("yes", "no")
+    assert step_time.reached(close, None) == ""
+    row = Row("sgd", lambda model: torch.optim.SGD(model.parameters()), 1.3)
+    assert len(step_time.cells(row, close, 10, None)) == len(step_time.CPU_COLUMNS)
+    assert len(step_time.cells(row, close, 10, 1e12)) == len(step_time.CUDA_COLUMNS)
+
+
+def test_rows_are_chosen_by_part_or_pattern() -> None:
+    rows = [*torch_rows(), *our_rows(torch.float32)]
+    assert [row.name for row in step_time.chosen(rows, ["*came"])] == ["memadvise came"]
+    assert {row.name for row in step_time.chosen(rows, ["CAME"])} == {"memadvise came", "memadvise came chunked"}
+    assert list(step_time.chosen(rows, [])) == rows
+    assert len({row.name for row in rows}) == len(rows)
+
+
+def test_peers_that_are_missing_or_broken_are_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "broken_peer.py").write_text("raise ValueError('needs a GPU')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    good = peers.Package("torch", "torch.optim", {"SGD": peers._plain("SGD")})
+    broken = peers.Package("broken", "broken_peer", {"Adam": peers._plain("Adam")})
+    missing = peers.Package("missing-peer", "missing_peer.optim", {"Adam": peers._plain("Adam")})
+    monkeypatch.setattr(peers, "PACKAGES", (good, broken, missing))
+    monkeypatch.setattr(step_time, "torch_rows", list)
+    monkeypatch.setattr(step_time, "our_rows", lambda dtype: [])
+    monkeypatch.setattr(sys, "argv", ["step_time.py", "--quick", "--device", "cpu", "--no-wall"])
+    monkeypatch.setattr(step_time, "Gpt2", lambda **_: small())
+    step_time.main()
+    text = capsys.readouterr().out
+    assert f"torch {torch.__version__.partition('+')[0]}" in text
+    lines = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert "1.0" not in lines["broken Adam"]
+    assert lines["broken Adam"].endswith("ValueError: needs a GPU")
+    assert lines["missing-peer"].endswith("not installed")
+    assert lines["torch SGD"].split()[2].replace(".", "").isdigit()
+    assert peers.reason(ValueError("x" * 200)).endswith("...")
+
+
+# ---------------------------------------------------------------- scaling and shadow_cost
+
+
+def test_sizes_of_the_scaling_table() -> None:
+    counts = [sum(torch.Size(shape).numel() for shape in scaling.blocks(*size)) for size in scaling.SIZES]
+    assert counts == [pytest.approx(size, rel=0.03) for size in (1e7, 1e8, 1e9)]
+    assert [count * side * side for count, side in scaling.CUTS] == [pytest.approx(1.04e7, rel=0.02)] * 4
+    shapes = scaling.blocks(*scaling.SIZES[0])
+    assert scaling.needed_bytes(Setting("adamw"), shapes) == pytest.approx(8 * counts[0], rel=0.01)
+
+
+def test_what_does_not_fit_or_takes_too_long_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, shapes = output.Rows(scaling.COLUMNS, (24,)), [(1024, 1024)]
+    monkeypatch.setattr(scaling, "available_bytes", lambda device: scaling.SPARE_BYTES + 2**23 + 2**20)
+    scaling.rows(shapes, "cpu", ["fused"], table, {})
+    assert "not measured: 0.0 GiB of memory are missing" in capsys.readouterr().out
+    monkeypatch.setattr(scaling, "available_bytes", lambda device: None)
+    scaling.rows(shapes, "cpu", ["fused"], table, {scaling.TORCH: 1e9})
+    assert "not measured: a step would take" in capsys.readouterr().out
+    found: dict[str, float] = {}
+    scaling.rows(shapes, "cpu", ["fused"], table, found)
+    assert found[scaling.TORCH] > 0
+
+
+def test_shadows_are_timed_beside_the_tensors_own_step() -> None:
+    for case in shadow_cost.CASES:
+        short = dataclasses.replace(case, shape=(96, 48))
+        row = shadow_cost.measure(short, 32, "cpu", 1)
+        assert len(row) == len(shadow_cost.COLUMNS)
+        assert all(isinstance(value, float | int) and value > 0 for value in row[3:9]), row
+    query = next(case for case in shadow_cost.CASES if case.heads)
+    assert "adam_mini" in {setting.method for setting in shadow_cost.candidates(query)}
 
 
 # ---------------------------------------------------------------- the scripts as they are started
@@ -237,11 +451,30 @@ def run(*command: str, **environment: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["estimate_accuracy", "step_time"])
-def test_quick(script: str) -> None:
-    text = run(sys.executable, str(BENCHMARKS / f"{script}.py"), "--quick", "--device", "cpu")
+@pytest.mark.parametrize(
+    ("command", "seen"),
+    [
+        ("estimate_accuracy --device cpu", "memadvise slimadam"),
+        ("step_time --device cpu --no-wall --only fused lion", "memadvise lion"),
+        ("scaling --device cpu --only fused", "torch AdamW fused"),
+        ("shadow_cost --device cpu", "attention_output"),
+    ],
+)
+def test_quick(command: str, seen: str) -> None:
+    script, *options = command.split()
+    text = run(sys.executable, str(BENCHMARKS / f"{script}.py"), "--quick", *options)
     assert f"torch {torch.__version__}" in text
-    assert "memadvise slimadam" in text
+    assert seen in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA: it is measured")
+@pytest.mark.parametrize("script", [step_time, scaling, shadow_cost], ids=lambda module: module.__name__)
+def test_on_cuda_only_what_is_there_is_claimed(
+    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--device", "cuda"])
+    script.main()
+    assert capsys.readouterr().out == "not measured: torch sees no CUDA device\n"
 
 
 @pytest.mark.slow
