@@ -261,6 +261,10 @@ class Method(ABC):
         """Whether a step can be compiled: nothing is decided on the host, and ``ctx.step`` and ``ctx.key`` not used."""
         return False
 
+    def groups_rows(self, shape: Shape, options: Any) -> bool:
+        """Whether rows are told apart by their number, so that it is a constant of a compiled step."""
+        return False
+
     def whole_axes(self, shape: Shape, options: Any) -> int:
         """How many trailing axes no box may cut, whatever their size."""
         return 0

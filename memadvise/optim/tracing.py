@@ -1,4 +1,4 @@
-"""Fake tensors come for two reasons: a memory trace, which never computes, and a kernel being traced, which will run."""
+"""Why tensors are fake: in a memory trace, which never computes, or in a kernel being traced, which will run."""
 
 from __future__ import annotations
 

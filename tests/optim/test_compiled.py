@@ -46,7 +46,7 @@ FORMS = [
     (Setting("slimadam", {"axes": [0]}), torch.bfloat16),
     (Setting("lion"), torch.float64),
 ]
-ROWS = (64, 192)  # one kernel for both
+ROWS = (192, 448)  # one kernel for both
 
 
 @pytest.fixture(autouse=True)
@@ -92,8 +92,12 @@ def agree(setting: Setting, dtype: torch.dtype) -> None:
     tolerance = 4 * torch.finfo(dtype).eps if dtype != torch.float32 else 2e-6
     rounded = any(key in setting.options for key in ("first_moment", "second_moment", "weights"))
     for p, q in zip(oracle.parameters(), model.parameters(), strict=True):
-        close(q.dequantize() if hasattr(q, "dequantize") and setting.options.get("weights") == "int8" else q.detach(),
-              p.dequantize() if setting.options.get("weights") == "int8" else p.detach(), tolerance, codes=rounded)
+        close(
+            q.dequantize() if hasattr(q, "dequantize") and setting.options.get("weights") == "int8" else q.detach(),
+            p.dequantize() if setting.options.get("weights") == "int8" else p.detach(),
+            tolerance,
+            codes=rounded,
+        )
         for name, value in slow.state[p].items():
             held = quick.state[q][name]
             assert held.dtype == value.dtype
@@ -107,7 +111,7 @@ def test_agrees_with_eager(setting: Setting) -> None:
     kinds = {key[0] if not isinstance(key[0], tuple) else key[0][0] for key in compiled._kernels}
     # one kernel for all numbers of rows, but where blocks of rows are cut
     shared = 1 if setting.method != "adam_mini" else len(ROWS)
-    assert len(compiled._kernels) == shared * len(kinds)
+    assert sum(map(len, compiled._kernels.values())) == shared * len(kinds)
 
 
 @pytest.mark.parametrize(("setting", "dtype"), FORMS, ids=lambda x: getattr(x, "key", str(x)))
@@ -120,12 +124,15 @@ def test_a_schedule_compiles_nothing_anew() -> None:
 
     model = Matrices()
     optimizer = run(model, Setting("slimadam", {"axes": [1]}), "compiled", steps=1)
-    kernels, before = dict(compiled._kernels), {name: dict(count) for name, count in counters.items()}
+    kernels, before = (
+        {key: list(made) for key, made in compiled._kernels.items()},
+        {name: dict(count) for name, count in counters.items()},
+    )
     for number in range(5):
         optimizer.param_groups[0]["lr"] = torch.tensor(1e-3 / (number + 1)) if number % 2 else 1e-3 / (number + 1)
         optimizer.step()
     assert {name: dict(count) for name, count in counters.items() if count} == {k: v for k, v in before.items() if v}
-    assert len(compiled._kernels) == len(kernels) + 1  # a learning rate of another dtype: float32, as a tensor's is
+    assert compiled._kernels == kernels
 
 
 def test_nothing_of_a_parameters_size_is_allocated() -> None:
@@ -149,7 +156,7 @@ def test_a_failure_is_told_once_and_chunked_goes_on(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(compiled, "Kernel", broken)
     model, twin = Matrices(), Matrices()
-    with pytest.warns(UserWarning, match="slimadam on cpu runs without a compiled kernel.*no such instruction$") as told:
+    with pytest.warns(UserWarning, match="slimadam on cpu .* no such instruction$") as told:
         optimizer = run(model, Setting("slimadam", {"axes": [1]}), "compiled")
     assert len(told) == 1
     run(twin, Setting("slimadam", {"axes": [1]}), "chunked")

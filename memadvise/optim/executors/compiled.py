@@ -28,6 +28,7 @@ from memadvise.optim.executors.kernel import LARGEST_INT32, Kernel
 from memadvise.optim.executors.work import Work, agreement, caution_scale, encode, moved, noise_like
 from memadvise.optim.int8_tensor import Int8Weight
 from memadvise.optim.method import Context, Hyper, Part, Round, Shape, Tensors, compute_dtype, device_type
+from memadvise.optim.methods.sums import ROWS
 from memadvise.optim.recipe import CORRECTION, Coded, Recipe
 from memadvise.optim.weights import Int8Part, WeightPart
 
@@ -61,13 +62,14 @@ def wanted(recipe: Recipe, p: Tensor) -> bool:
 
 
 def scratch_bytes(recipe: Recipe) -> int:
-    """Upper bound of what a kernel allocates: sums, and what is made of them."""
-    return recipe.method.scratch_bytes(recipe.view, recipe.options)
+    """Upper bound of what a kernel allocates: sums, those of blocks of rows before them, and what is made of them."""
+    blocks = 3 * math.prod(recipe.view) // ROWS if recipe.method.visits(recipe.view, recipe.options) else 0
+    return blocks * compute_dtype(recipe.dtype).itemsize + recipe.method.scratch_bytes(recipe.view, recipe.options)
 
 
 def step(works: Sequence[Work], h: Hyper) -> None:
     """One step of every parameter, in one kernel each, or a few where sums over all of it come first."""
-    lr = h.lr if isinstance(h.lr, Tensor) else torch.tensor(h.lr, dtype=torch.float64)
+    lr = torch.as_tensor(h.lr, dtype=torch.float64)
     rest = [work for work in works if not _step_one(work, h, lr)]
     if rest:
         chunked.step(rest, h)
@@ -75,7 +77,7 @@ def step(works: Sequence[Work], h: Hyper) -> None:
 
 # ---------------------------------------------------------------- kernels, and what is known of them
 
-_kernels: dict[Any, Kernel] = {}
+_kernels: dict[Any, list[Kernel]] = {}  # several where what tracing assumed of the rows does not hold for all
 _counts: dict[Any, int] = {}
 _failures: dict[Any, str] = {}
 
@@ -112,10 +114,9 @@ def _kernel_for(plan: _Plan, what: int | str, given: Tensors) -> Kernel | None:
     """The kernel for these tensors, made now if there is none; None if there cannot be one."""
     recipe, key, tensors = plan.program.recipe, plan.key(what, given), list(given.values())
     times = [plan.times(t) for t in tensors]
-    if key in _kernels and not _kernels[key].holds(plan.rows):  # it was made for another number of rows
-        key, times = (key, plan.rows), [0] * len(tensors)
-    if key in _kernels:
-        return _kernels[key]
+    for kernel in _kernels.get(key, ()):
+        if kernel.holds(plan.rows):
+            return kernel
     kind = tensors[0].device.type
     family = _family(recipe, kind)
     if _failed(recipe, kind):
@@ -124,7 +125,7 @@ def _kernel_for(plan: _Plan, what: int | str, given: Tensors) -> Kernel | None:
         _fail(family, kind, f"there are more than {MOST_KERNELS} different shapes")
         return None
     try:
-        _kernels[key] = Kernel(plan.program.function(what, list(given)), tensors, times)
+        kernel = Kernel(plan.program.function(what, list(given)), tensors, times)
     except Exception as error:  # whatever a compiler may raise: there is another way, and the reason is told
         reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
         if _no_compiler(error):
@@ -132,7 +133,8 @@ def _kernel_for(plan: _Plan, what: int | str, given: Tensors) -> Kernel | None:
         _fail(family, kind, reason)
         return None
     _counts[what, family] = _counts.get((what, family), 0) + 1
-    return _kernels[key]
+    _kernels.setdefault(key, []).append(kernel)
+    return kernel
 
 
 def _no_compiler(error: BaseException) -> bool:
@@ -154,7 +156,7 @@ def _step_one(work: Work, h: Hyper, lr: Tensor) -> bool:
     if isinstance(work.p, FakeTensor) or isinstance(work.g, FakeTensor):
         return True  # in a trace: a kernel allocates nothing of its own
     recipe = work.recipe
-    plan = _plan(work, h)
+    plan = _plan(work, h, lr)
     if plan is None:
         return False
     tensors = plan.gather(work, lr)
@@ -177,14 +179,15 @@ def _step_one(work: Work, h: Hyper, lr: Tensor) -> bool:
     return True
 
 
-def _plan(work: Work, h: Hyper) -> _Plan | None:
+def _plan(work: Work, h: Hyper, lr: Tensor) -> _Plan | None:
     """How this parameter is stepped, remembered while nothing changes that a kernel depends on. None: it cannot be."""
     constants = (h.beta1, h.beta2, h.eps, h.weight_decay)
     tensors = _own_tensors(work)
     if work.p.device.type == "cuda" and any(t.data_ptr() % _ALIGNMENT for t in tensors.values()):
         return None
     contiguous = all(t.is_contiguous() for t in tensors.values())
-    kept = work.memo.plans.get(constants) if contiguous else None
+    memo_key = (*constants, lr.device)
+    kept = work.memo.plans.get(memo_key) if contiguous else None
     if kept is not None and kept.dtype == work.g.dtype:
         return kept
     recipe, view = work.recipe, work.recipe.view
@@ -196,6 +199,8 @@ def _plan(work: Work, h: Hyper) -> _Plan | None:
             return None
         row = math.prod(view[1:])
         plan.rows, plan.blocks = view[0], row // width
+        if not recipe.method.visits(view, recipe.options):  # there are no rows, only blocks
+            plan.rows, plan.blocks = plan.rows * plan.blocks, 1
         plan.views = {name: (math.prod(view) // width, -1) for name in tensors if _cut(recipe, name)}
     elif contiguous and _shapeless(recipe, tensors):
         plan.rows, plan.views = math.prod(view), dict.fromkeys(tensors, (-1,))
@@ -203,7 +208,7 @@ def _plan(work: Work, h: Hyper) -> _Plan | None:
         plan.rows = view[0]
     plan.rows = plan.rows if plan.rows > 1 else 0
     if contiguous:
-        work.memo.plans[constants] = plan
+        work.memo.plans[memo_key] = plan
     return plan
 
 
@@ -297,7 +302,7 @@ def _shapeless(recipe: Recipe, tensors: Tensors) -> bool:
 def _rows_vary(recipe: Recipe, tensors: Tensors) -> bool:
     """Whether the number of rows need not be a constant."""
     view = recipe.view
-    if len(view) < 2 or recipe.method.reduced_axes(view, recipe.options) is None:
+    if len(view) < 2 or recipe.method.groups_rows(view, recipe.options):
         return False
     return all(t.ndim > 0 and t.shape[0] in (view[0], 1) for t in tensors.values())
 
@@ -355,7 +360,8 @@ class _Whole:
         seen = tuple(tensors[_GRADIENT].shape)
         if self.width:  # blocks, from outside: a kernel that turned rows into blocks before writing would write twice
             row = math.prod(recipe.view[1:])
-            self.shape: Shape = (seen[0] // (row // self.width), *recipe.view[1:])
+            visits = recipe.method.visits(recipe.view, recipe.options)
+            self.shape: Shape = (seen[0] // (row // self.width), *recipe.view[1:]) if visits else seen
         else:
             self.shape = seen
         beta1, beta2, eps, weight_decay = program.constants

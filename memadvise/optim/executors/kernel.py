@@ -48,14 +48,14 @@ class Kernel:
         if any(rows):
             example, times = next((t, n) for t, n in zip(examples, rows, strict=True) if n)
             like = torch.empty(example.shape[0] // times, device="meta")
-            context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+            context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
             self._rows = mode.from_tensor(like, static_shapes=False, symbolic_context=context).shape[0]
             self._symbol = self._rows.node.expr  # now: what tracing finds out of it would replace it
         with kernel_tracing(), torch.no_grad():
             with mode:
                 fakes = [self._fake(*pair) for pair in zip(examples, rows, strict=True)]
                 graph = make_fx(function, _allow_non_fake_inputs=True)(*fakes)
-            self._run = compile_fx(graph, fakes, config_patches=_INLINED)
+            self._run: Any = compile_fx(graph, fakes, config_patches=_INLINED)
         self._holds: dict[int, bool] = {}
 
     def _fake(self, tensor: Tensor, rows: int) -> Tensor:

@@ -14,8 +14,8 @@ from memadvise.optim import noise
 from memadvise.optim.codecs.codec import Rows
 from memadvise.optim.executors.cuts import Cuts
 from memadvise.optim.method import Context, Hyper, Shape, Tensors, compute_dtype
-from memadvise.optim.tracing import in_kernel
 from memadvise.optim.recipe import CORRECTION, Coded, Recipe
+from memadvise.optim.tracing import in_kernel
 from memadvise.optim.weights import WeightPart
 
 _CODED_AT_ONCE = 128 * 1024  # elements of a factor-sized moment that are decoded or encoded at once

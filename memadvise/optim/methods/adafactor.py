@@ -37,7 +37,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from memadvise.optim.method import Context, Hyper, OptionProblem, Options, Part, Shape, StateSpec, Tensors, Visit, is_number
+from memadvise.optim.method import (
+    Context,
+    Hyper,
+    OptionProblem,
+    Options,
+    Part,
+    Shape,
+    StateSpec,
+    Tensors,
+    Visit,
+    is_number,
+)
 from memadvise.optim.methods.factored import SIZE, Factored, check_fraction, check_positive
 
 STEP_SIZES = ("lr", "relative", "scaled")

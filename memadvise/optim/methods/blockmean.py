@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memadvise.optim.method import STEP, Context, Hyper, Method, OptionProblem, Options, Part, Shape, StateSpec, Tensors
 from memadvise.optim.methods.sums import column_sums
 from memadvise.optim.tracing import in_kernel
-from memadvise.optim.method import STEP, Context, Hyper, Method, OptionProblem, Options, Part, Shape, StateSpec, Tensors
 
 COMPAT_HELP = "official: as the official code does it, where that differs (see the method's documentation)"
 
@@ -147,6 +147,9 @@ class BlockMeanAdam(Method):
     def reduced_axes(self, shape: Shape, options: Any) -> tuple[int, ...] | None:
         blocks = self.partition(shape, options)
         return None if blocks.groups else blocks.axes
+
+    def groups_rows(self, shape: Shape, options: Any) -> bool:
+        return bool(self.partition(shape, options).groups)
 
     def stats(self, part: Part, ctx: Context, round_: Any) -> Tensors:
         return {"sum_squares": self.partition(tuple(part.g.shape), ctx.options).sum_squares(part.g)}

@@ -29,7 +29,6 @@ import torch
 
 from memadvise.optim.method import Context, Hyper, OptionProblem, Options, Part, Shape, StateSpec, Tensors, Visit
 from memadvise.optim.methods.blockmean import COMPAT_HELP, check_compat
-from memadvise.optim.methods.sums import column_sums
 from memadvise.optim.methods.factored import (
     SIZE,
     Factored,
@@ -40,6 +39,7 @@ from memadvise.optim.methods.factored import (
     row_scale,
     row_shape,
 )
+from memadvise.optim.methods.sums import column_sums
 
 INSTABILITY = "instability"  # a visit
 

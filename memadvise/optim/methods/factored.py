@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memadvise.optim.methods.sums import column_sums
 from memadvise.optim.method import (
     STEP,
     Context,
@@ -31,6 +30,7 @@ from memadvise.optim.method import (
     Visit,
     is_number,
 )  # fmt: skip
+from memadvise.optim.methods.sums import column_sums
 
 SQUARES, SIZE = "squares", "size"  # the visits
 
@@ -68,7 +68,7 @@ def ema(old: Tensor, sums: Tensor, count: int, weight: float | Tensor, floor: fl
 
 
 def mixed(old: Tensor, new: Tensor, weight: float | Tensor) -> Tensor:
-    """``torch.lerp``, which wants a weight of the tensors' dtype and device; exact for a weight of 1 where ``old`` is 0."""
+    """``torch.lerp``, which wants a weight of the tensors' own dtype and device."""
     return (old + (new - old) * weight).to(old.dtype)  # 0-dim values would take the weight's dtype
 
 

@@ -15,7 +15,7 @@ one weight decay for all its methods. Without momentum or without decay the two 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
