@@ -117,13 +117,13 @@ def _bound(
         plan = load_plan(plan)
     shapes = {name: tuple(p.shape) for name, p in trainable.items()}
     settings = bind_plan(plan, shapes, frozen=named.keys() - trainable.keys())
-    rules = _deciding(plan, trainable)
+    rules = deciding_rules(plan, trainable)
     if problems := _wrong_dtypes(trainable, rules):
         raise PlanError(sorted(problems, key=_position))
     return trainable, settings, {name: rule.lr_factor for name, rule in rules.items()}
 
 
-def _deciding(plan: Plan, names: Iterable[str]) -> dict[str, Rule]:
+def deciding_rules(plan: Plan, names: Iterable[str]) -> dict[str, Rule]:
     """Name -> the first rule that matches it, for a plan that has one for each."""
     return {name: next(rule for rule in plan.rules if _matches(rule, name)) for name in names}
 

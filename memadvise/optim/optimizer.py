@@ -22,7 +22,7 @@ from memadvise.optim import compose, engine
 from memadvise.optim import convert as conversion
 from memadvise.optim.engine import Resolved
 from memadvise.optim.method import Hyper, Tensors
-from memadvise.optim.registry import DENSE, canonical_key, fitted, parse_setting
+from memadvise.optim.registry import ALL_OPTIONS, DENSE, canonical_key, fitted, method_info, parse_setting
 from memadvise.plan.schema import Setting
 
 STATE_FORMAT = 1
@@ -80,18 +80,27 @@ class MemadviseOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters later, as in torch; their setting comes from the one setting, or from their name.
 
-        With one setting for all, a group may override the method's options: ``{"params": [...], "axes": [0]}``.
+        With one setting for all, a group may override the method's options, ``{"params": [...], "axes": [0]}``, or have
+        another method, ``{"params": tables, "method": "adamw", "lr": 1e-3}``, with the common options alone.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         param_group = dict(param_group)
         settings = self._settings
         if isinstance(settings, Setting):
-            method = parse_setting(settings).method
+            if "method" in param_group:
+                common = {key: value for key, value in settings.options.items() if key in compose.NAMES}
+                settings = Setting(param_group.pop("method"), common)
+            method = method_info(settings.method).method
             fields = {f.name for f in dataclasses.fields(method.options_type)} | set(compose.NAMES)
             own = {key: param_group.pop(key) for key in fields & set(param_group)}
             settings = Setting(settings.method, {**settings.options, **own})
         before = len(self.param_groups)
+        if stray := sorted(ALL_OPTIONS & set(param_group)):
+            whose = f"{settings.method} has no such option" if isinstance(settings, Setting) else "the plan decides it"
+            raise OptimizerError(
+                f"group {before} holds {stray[0]}, which would do nothing: {whose}", hint=f"remove {stray[0]}"
+            )
         if not isinstance(param_group["params"], Tensor | set):
             param_group["params"] = list(param_group["params"])
             tensors = [item[1] if isinstance(item, tuple) else item for item in param_group["params"]]

@@ -83,6 +83,7 @@ _METHODS: tuple[Method, ...] = (
 )
 METHODS: tuple[MethodInfo, ...] = tuple(_info(method) for method in _METHODS)
 _BY_NAME = {info.name: info for info in METHODS}
+ALL_OPTIONS = frozenset(composition.NAMES).union(*(info.options for info in METHODS))
 
 
 def list_methods() -> tuple[str, ...]:
