@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer
 
 from memadvise.errors import OptimizerError
 from memadvise.names import canonical_name
-from memadvise.optim import compose, engine
+from memadvise.optim import compose, engine, regroup
 from memadvise.optim import convert as conversion
 from memadvise.optim.engine import Resolved
 from memadvise.optim.method import Hyper, Tensors
@@ -230,7 +230,8 @@ class MemadviseOptimizer(Optimizer):
 
         Args:
             state_dict: of this plan, or, with ``convert``, of one that differs from it.
-            convert: make state of another setting into state of this one where :mod:`memadvise.optim.convert` can.
+            convert: make state of another setting into state of this one where :mod:`memadvise.optim.convert` can, and
+                put parameters of other groups by name (:mod:`memadvise.optim.regroup`).
 
         Raises:
             OptimizerError: a newer format, or state that another setting made (the parameter is named); the optimizer
@@ -238,6 +239,9 @@ class MemadviseOptimizer(Optimizer):
             ValueError: another number of groups or parameters.
         """
         loaded: dict[Tensor, Tensors] = {}
+        names = [[self._resolved[p].name for p in group["params"]] for group in self.param_groups]
+        if convert and "param_groups" in state_dict and regroup.differs(state_dict, names):
+            state_dict = regroup.regrouped(state_dict, self.param_groups, names)
 
         def withhold(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             # torch would cast every tensor to its parameter's dtype: it gets the groups only, after the user's hooks.
@@ -268,6 +272,12 @@ class MemadviseOptimizer(Optimizer):
             )
         counts = [len(group["params"]) for group in state_dict["param_groups"]]
         if counts != [len(group["params"]) for group in self.param_groups]:
+            if regroup.differs(state_dict, [[self._resolved[p].name for p in g["params"]] for g in self.param_groups]):
+                raise OptimizerError(
+                    "this optimizer state has the same parameters in other groups",
+                    hint="make the optimizer with the plan (or groups) of this checkpoint, or let "
+                    "load_state_dict(..., convert=True) put them by name",
+                )
             return {}  # torch says so in its own words
         settings = ours["settings"] if ours is not None else {}
         self._check_order(state_dict)

@@ -289,6 +289,40 @@ def test_a_plan_that_changes_in_mid_run() -> None:
     train(model, largest, 2)
 
 
+def test_a_plan_whose_learning_rate_factors_change_in_mid_run() -> None:
+    """Parameters in other groups are put by name; groups keep their rate for a factor of 1 and their schedule."""
+    model = Toy()
+    first = Plan(rules=(Rule("query", "adamw", lr_factor=10.0), Rule("**", "adamw")))
+    second = Plan(rules=(Rule("embed", "slimadam", {"axes": [1]}, lr_factor=2.0), Rule("**", "adamw")))
+    optimizer = create_optimizer(model, first, lr=1e-2, weight_decay=0.1)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    train(model, optimizer, 2)
+    saved = optimizer.state_dict()
+    other = create_optimizer(model, second, lr=5.0)
+    with pytest.raises(OptimizerError, match=r"the same parameters in other groups\n  hint: .*convert=True"):
+        other.load_state_dict(saved)
+    assert not other.state
+    other.load_state_dict(saved, convert=True)
+    named = {n: other.state[p] for n, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        old, new = optimizer.state[p], named[name]
+        assert torch.equal(old["exp_avg"], new["exp_avg"])
+        wanted = old["exp_avg_sq"].mean(1, keepdim=True) if name == "embed" else old["exp_avg_sq"]
+        torch.testing.assert_close(new["exp_avg_sq"], wanted)
+    assert [(g["lr"], g["initial_lr"], g["lr_factor"], g["weight_decay"]) for g in other.param_groups] == [
+        (pytest.approx(1e-2), pytest.approx(2e-2), 2.0, 0.1),
+        (pytest.approx(5e-3), pytest.approx(1e-2), 1.0, 0.1),
+    ]
+    train(model, other, 1)
+    plain = create_optimizer(model, Plan(rules=(Rule("**", "adamw"),)), lr=5.0)
+    plain.load_state_dict(saved, convert=True)
+    assert plain.param_groups[0]["lr"] == pytest.approx(5e-3)
+    assert "lr_factor" not in plain.param_groups[0]
+    saved["param_groups"][0]["weight_decay"] = 0.2
+    with pytest.raises(OptimizerError, match=r"which are one group now, had different weight_decay: 0\.\d and 0\.\d"):
+        create_optimizer(model, Plan(rules=(Rule("**", "adamw"),)), lr=5.0).load_state_dict(saved, convert=True)
+
+
 def test_convert_changes_nothing_where_nothing_has_to_change() -> None:
     model, twin = Toy(), Toy()
     one, two = (optimizer_for(m, Setting("slimadam", {"axes": [1]}), 1e-2) for m in (model, twin))
