@@ -1,23 +1,35 @@
-"""Does every optimizer train? Validation loss on examples/gpt_text.py, each at its best of three lr.
+"""Does every optimizer train? Validation loss on examples/gpt_text.py, each at its best learning rate.
 
-    python benchmarks/convergence.py [--steps 120] [--jobs 2] [--only NAME ...] [--quick]
+    python benchmarks/convergence.py [--steps 120] [--jobs 2] [--only NAME ...] [--cache FILE] [--quick]
 
 One seed, the same batches for all, warm-up over the first tenth, then cosine to a tenth; weight decay 0.01. The grid is
-AdamW's (3e-4, 1e-3, 3e-3) times the method's customary factor. A row is "within" if it ends at most DISTANCE nats
-above AdamW; otherwise the exit code is 1. One short run of a small model: it shows that a method works as an optimizer,
-not which is best.
+AdamW's (3e-4, 1e-3, 3e-3) times the method's customary factor; while the best learning rate of a setting lies on an
+edge of what was tried, the grid goes on by half a decade there, up to EXTENSIONS times on each side, for all alike. A
+best that is still on the edge is marked "<" or ">".
+
+``--cache`` keeps every finished run in a JSON file, so that an interrupted table goes on where it stopped and may be
+made in pieces; what another torch, Python or example wrote there is not used.
+
+A row is "within" if it ends at most DISTANCE nats above AdamW. The exit code is 1 if any row is not, explained in the
+footer or not. One short run of a small model: it shows that a method works as an optimizer, not which is best.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import itertools
+import json
 import math
 import multiprocessing
 import os
+import platform
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench_support.output import machine, table
@@ -26,10 +38,12 @@ from memadvise.optim.create import create_optimizer
 from memadvise.optim.registry import default_lr_factor
 from memadvise.plan.schema import Setting
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.append(str(EXAMPLES))
 
 DISTANCE = 0.25  # nats above AdamW
-GRID = (3e-4, 1e-3, 3e-3)
+GRID: Sequence[float] = (3e-4, 1e-3, 3e-3)
+EXTENSIONS = 3  # half-decades beyond the grid, on each side
 INT8 = {"first_moment": "int8", "second_moment": "int8"}
 
 SETTINGS: tuple[Setting, ...] = (
@@ -64,6 +78,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("lion", {"first_moment": "int8"}),
     Setting("apollo_mini", {"weights": "int8"}),
 )
+
+# Why a setting ends further from AdamW than DISTANCE in so few steps.
+WHY: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -112,26 +129,132 @@ def train(run: Run) -> Outcome:
     return Outcome(run, gpt_text.validation_loss(model), state / count)
 
 
-def rows(outcomes: list[Outcome]) -> list[list[object]]:
+def wanted(setting: Setting, tried: Iterable[Outcome], grid: Sequence[float] = GRID) -> list[float]:
+    """The learning rates to run next: the grid, then half a decade beyond the edge on which the best one lies."""
+    loss = {outcome.run.lr: outcome.loss for outcome in tried if outcome.run.setting.key == setting.key}
+    first = [learning_rate(setting, lr) for lr in grid]
+    if missing := [lr for lr in first if lr not in loss]:
+        return missing
+    rates = [learning_rate(setting, lr) for lr in ladder(grid)]
+    edge = edge_of(loss)
+    index = rates.index(min(loss) if edge == "<" else max(loss)) + {"<": -1, ">": 1, "": 0}[edge]
+    return [rates[index]] if edge and 0 <= index < len(rates) else []
+
+
+def learning_rate(setting: Setting, lr: float) -> float:
+    """``lr``, meant for AdamW, as it is customary for the method; of one digit."""
+    return float(f"{lr * default_lr_factor(setting.method):.0e}")
+
+
+def ladder(grid: Sequence[float]) -> list[float]:
+    """``grid`` with its extensions on both sides, in half-decades: 1 and 3 times powers of ten."""
+    if len(grid) == 1:  # --quick
+        return list(grid)
+    whole = [float(f"{digit}e{power}") for power in range(-9, 3) for digit in (1, 3)]
+    low, high = whole.index(grid[0]), whole.index(grid[-1])
+    return whole[low - EXTENSIONS : high + EXTENSIONS + 1]
+
+
+def edge_of(loss: dict[float, float]) -> str:
+    """Which side, "<" or ">", if the best of ``lr -> loss`` is the smallest or largest lr of several; else ""."""
+    finite = {lr: value for lr, value in loss.items() if not math.isnan(value)}
+    if len(loss) < 2:
+        return ""
+    if not finite:
+        return "<"  # all of them diverged
+    best = min(finite, key=lambda lr: finite[lr])
+    return "<" if best == min(loss) else ">" if best == max(loss) else ""
+
+
+def rows(outcomes: Sequence[Outcome]) -> list[list[object]]:
     """One row a setting: its best learning rate, loss, distance to AdamW, state."""
     best: dict[str, Outcome] = {}
+    losses: dict[str, dict[float, float]] = {}
     for outcome in outcomes:
         key = outcome.run.setting.key
+        losses.setdefault(key, {})[outcome.run.lr] = outcome.loss
         if not math.isnan(outcome.loss) and (key not in best or outcome.loss < best[key].loss):
             best[key] = outcome
     yardstick = best["adamw"].loss
     found: list[list[object]] = []
-    for key in dict.fromkeys(outcome.run.setting.key for outcome in outcomes):
+    for key, tried in losses.items():
         if key not in best:
             found.append([key, "-", "diverged", "-", "-", "no"])
             continue
         outcome = best[key]
         above = outcome.loss - yardstick
         found.append([
-            key, f"{outcome.run.lr:.0e}", f"{outcome.loss:.3f}", f"{above:+.3f}",
+            key, f"{outcome.run.lr:.0e}{edge_of(tried)}", f"{outcome.loss:.3f}", f"{above:+.3f}",
             f"{outcome.state_bytes_per_parameter:.2f}", "yes" if above <= DISTANCE else "no",
         ])  # fmt: skip
     return found
+
+
+class Cache:
+    """Finished runs, kept in a JSON file (None: not at all)."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.runs: dict[str, Any] = {}
+        if path is not None and path.exists():
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if document.get("made_by") == _made_by():
+                self.runs = document["runs"]
+            else:
+                print(f"{path} is of another torch, Python or example: it begins anew", file=sys.stderr)
+
+    def get(self, run: Run) -> Outcome | None:
+        found = self.runs.get(_name(run))
+        if found is None:
+            return None
+        loss, state = (math.nan if value is None else value for value in found)
+        return Outcome(run, loss, state)
+
+    def put(self, outcome: Outcome) -> None:
+        values = (outcome.loss, outcome.state_bytes_per_parameter)
+        self.runs[_name(outcome.run)] = [None if math.isnan(value) else value for value in values]
+        if self.path is not None:
+            text = json.dumps({"made_by": _made_by(), "runs": self.runs}, indent=1) + "\n"
+            part = self.path.with_name(self.path.name + ".part")
+            part.write_text(text, encoding="utf-8")
+            part.replace(self.path)
+
+
+def _name(run: Run) -> str:
+    return f"{run.setting.key} lr={run.lr:.0e} steps={run.steps}"
+
+
+def _made_by() -> str:
+    texts = b"".join((EXAMPLES / name).read_bytes() for name in ("gpt_text.py", "example_support.py"))
+    return f"torch {torch.__version__}, Python {platform.python_version()}, {hashlib.sha256(texts).hexdigest()[:12]}"
+
+
+def results(
+    settings: Sequence[Setting], grid: Sequence[float], steps: int, jobs: int, cache: Cache
+) -> Iterator[Outcome]:
+    """Every run that the table needs, those of the cache at once, as they finish."""
+    tried: list[Outcome] = []
+    with _mapping(jobs) as run_all:
+        while runs := [Run(s, lr, steps) for s in settings for lr in wanted(s, tried, grid)]:
+            known = [cache.get(run) for run in runs]
+            fresh = run_all(train, [run for run, outcome in zip(runs, known, strict=True) if outcome is None])
+            for run, outcome in zip(runs, known, strict=True):
+                if outcome is None:
+                    outcome = next(fresh)
+                    cache.put(outcome)
+                    print(f"{_name(run)}: {outcome.loss:.3f}", file=sys.stderr, flush=True)
+                tried.append(outcome)
+                yield outcome
+
+
+@contextlib.contextmanager
+def _mapping(jobs: int) -> Iterator[Callable[..., Iterator[Outcome]]]:
+    """``map``, over ``jobs`` processes."""
+    if jobs == 1:
+        yield map
+    else:
+        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+            yield pool.imap
 
 
 def main() -> int:
@@ -140,6 +263,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="methods, beside adamw")
+    parser.add_argument("--cache", type=Path, metavar="FILE", help="keep finished runs in this JSON file")
     parser.add_argument("--quick", action="store_true", help="20 steps, one learning rate, three methods")
     options = parser.parse_args()
     settings = [s for s in SETTINGS if not options.only or s.method in ("adamw", *options.only)]
@@ -147,20 +271,16 @@ def main() -> int:
     if options.quick:
         quick = ("adamw", "slimadam(axes=[1])", "lion")
         settings, steps, grid = [s for s in settings if s.key in quick], 20, GRID[1:2]
-    runs = [Run(s, lr * default_lr_factor(s.method), steps) for s in settings for lr in grid]
+    outcomes = list(results(settings, grid, steps, options.jobs, Cache(options.cache)))
+    order = {setting.key: number for number, setting in enumerate(settings)}
+    found = rows(sorted(outcomes, key=lambda outcome: order[outcome.run.setting.key]))
     print(machine())
     print(f"examples/gpt_text.py, {steps} steps, one seed; 'within' means at most {DISTANCE} nats above AdamW\n")
-    outcomes: list[Outcome] = []
-    if options.jobs > 1:
-        with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-            for outcome in pool.imap(train, runs):
-                outcomes.append(outcome)
-                print(f"{len(outcomes)}/{len(runs)} {outcome.run.setting.key}", file=sys.stderr, flush=True)
-    else:
-        outcomes = [train(run) for run in runs]
-    found = rows(outcomes)
     print(table(("optimizer", "best lr", "validation loss", "above AdamW", "state B/param", "within"), found))
-    return 0 if all(row[-1] == "yes" for row in found) else 1
+    beyond = [str(row[0]) for row in found if row[-1] == "no"]
+    for key in beyond:
+        print(f"\n{key}: {WHY.get(key, 'not explained')}")
+    return 1 if beyond else 0
 
 
 if __name__ == "__main__":

@@ -177,6 +177,7 @@ class SampleChoice:
     state_bytes_after: int
     expected_harm: float | None
     reason: str
+    weight_bytes_saved: int = 0
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from memadvise.advise.solver import Option, Solution, solve
 from memadvise.errors import Infeasible, UsageError
 from memadvise.ledger import MemoryLedger, Parameter, Scan
 from memadvise.names import glob_escape, matches, shared_patterns
-from memadvise.optim.registry import method_info, state_bytes, validate
+from memadvise.optim.registry import method_info, state_bytes, validate, weight_bytes
 from memadvise.plan.schema import ModelShape, Plan, Rule, Setting, Switches
 from memadvise.units import format_bytes
 
@@ -41,6 +41,7 @@ class GroupChoice:
     state_bytes_after: int
     expected_harm: float | None
     reason: str
+    weight_bytes_saved: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,11 @@ def recommend(
             needs_compression=needed,
         )  # fmt: skip
 
+    # What pins take off the weights is room for state in every phase.
+    lighter = sum(min(sizes.weights_saved(group, setting) for setting in group.settings) for group in groups)
     room_lost: dict[int, int] = {}  # per combination of switches: bytes the traces showed beyond the arithmetic
     for _ in range(_MAX_TRACES * max(1, len(scan.memory))):
-        choice = _best(scan, options, budget_bytes, room_lost)
+        choice = _best(scan, options, budget_bytes + lighter, room_lost)
         if choice is None:
             break
         after, result = tried(choice)
@@ -128,7 +131,8 @@ def recommend(
             return result()
         index = scan.memory.index(choice.ledger)
         # What this trace shows beyond the arithmetic; the next state is smaller than this one, so the loop ends.
-        room_lost[index] = after.peak_bytes - fixed_peak_bytes(choice.ledger) - choice.solution.num_bytes
+        expected = fixed_peak_bytes(choice.ledger) - lighter + choice.solution.num_bytes
+        room_lost[index] = after.peak_bytes - expected
     smallest = _smallest(scan, options)
     after, result = tried(smallest)
     if after.peak_bytes <= budget_bytes:
@@ -181,6 +185,13 @@ class _StateSizes:
     def holders(self, group: Group) -> Group:
         """The group without the parameters that never hold state; it may be empty."""
         return replace(group, members=tuple(m for m in group.members if m.name not in self._idle))
+
+    @staticmethod
+    def weights_saved(group: Group, setting: Setting) -> int:
+        """What ``setting`` takes off the weights themselves: something for int8 alone."""
+        dtype = _dtype(group.members[0].dtype)
+        each = weight_bytes(DENSE, group.shape, dtype) - weight_bytes(setting, group.shape, dtype)
+        return each * len(group.members)
 
     def of(self, group: Group, setting: Setting) -> int:
         members = self.holders(group).members
@@ -251,7 +262,7 @@ def _plan(
     for group, setting, reason in zip(groups, picked, reasons, strict=True):
         if setting == DENSE:
             continue
-        saved = sizes.of(group, DENSE) - sizes.of(group, setting)
+        saved = sizes.of(group, DENSE) - sizes.of(group, setting) + sizes.weights_saved(group, setting)
         text = f"{group.role} {list(group.shape)} x {len(group.members)}: saves {format_bytes(saved)}; {reason}"
         for match in _matching((m.name for m in group.members), setting_of):
             rules.append(Rule(match, setting.method, dict(setting.options), reason=text))
@@ -313,6 +324,7 @@ def _finished(
                 state_bytes_after=sizes.of(group, setting),
                 expected_harm=harm.value if harm.measured else None,
                 reason=harm.reason,
+                weight_bytes_saved=sizes.weights_saved(group, setting),
             )
         )
     explanation = tuple(_explain(scan, after, plan, budget, needs_compression))

@@ -137,6 +137,8 @@ def parse_pin(text: str) -> tuple[str, Setting]:
             rule = parse_plan(f'version: 1\nrules:\n  - {{match: "**", method: x, {pairs}}}\n').rules[0]
         except PlanError as error:
             raise UsageError(f"--pin '{text}': {error.problems[0].message}", hint=_PIN_HINT) from error
+        if rule.lr_factor != 1:
+            raise UsageError(f"--pin '{text}': a pin has no lr_factor", hint="write it into the plan, below its method")
         options = rule.options
     return match["pattern"], Setting(match["method"], options)
 

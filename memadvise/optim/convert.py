@@ -14,18 +14,19 @@ What can be converted, parameter by parameter, and what it is worth:
 * **slimadam or adam_mini to adamw**: every element of a block gets the block's v. That is not the v which AdamW would
   have had: it begins as if all gradients of a block had been alike, and forgets that at the rate of beta2.
 * **slimadam and adam_mini to each other** where their blocks are the same: nothing changes.
-* **caution, rounding and nearest or stochastic weights**: they leave the state as it is.
+* **what leaves the state as it is**: caution, rounding, nearest or stochastic weights; of a method, the options in
+  :data:`FREE` (how an update is sized or clipped, averaging rates); the seed where only rounding draws numbers.
 
 The first moment stays what it was, but for its codec. Everything else is refused with the parameter's name: means over
 other blocks cannot be had from means, momentum of SGD or Lion is another quantity than Adam's, projected and factored
-moments cannot be unfolded, other seeds mean other projections. It has to be asked for, since training then goes on with
-other numbers than it would have had; and nothing is loaded unless all of it can be.
+moments cannot be unfolded, other seeds or kinds of projection mean other projections. It has to be asked for, since
+training then goes on with other numbers than it would have had; and nothing is loaded unless all of it can be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -45,6 +46,23 @@ from memadvise.plan.schema import Setting
 _ADAMS = (AdamW, SlimAdam, AdamMini)
 _SECOND = "exp_avg_sq"
 POSSIBLE = "only adamw, slimadam and adam_mini convert to each other, and moments to and from fewer bits"
+
+# Options that say how state is used or how fast it is averaged, not what it means: where the specs are equal too, the
+# state is the same. What is not listed is refused: the default is safe for a method that comes later.
+FREE: Mapping[str, frozenset[str]] = {
+    "adafactor": frozenset({"step_size", "momentum", "clip", "beta2_decay", "eps1", "eps2"}),
+    "came": frozenset({"beta3", "correct_instability", "clip", "eps1", "eps2"}),
+    "micro_adam": frozenset({"alpha", "bias_correction"}),
+    "adapprox": frozenset({
+        "clip", "guidance", "guidance_max", "error_threshold", "adapt_every", "increment", "power_iterations",
+        "oversampling",
+    }),
+    "apollo": frozenset({"scale", "limiter", "limiter_floor"}),
+    "apollo_mini": frozenset({"scale", "limiter", "limiter_floor"}),
+    "galore": frozenset({"scale"}),
+}  # fmt: skip
+# Their state does not depend on the seed: random numbers only round.
+SEEDLESS = frozenset({"adamw", "slimadam", "adam_mini", "lion", "sgd", "adafactor", "came", "micro_adam"})
 
 
 @dataclass(frozen=True)
@@ -85,13 +103,18 @@ def find(key: str, new: Resolved, p: Tensor) -> Conversion | str:
 
 
 def _refused(old: Recipe, new: Recipe) -> str | None:
-    if old.compose.seed != new.compose.seed:
+    seedless = {old.method.name, new.method.name} <= SEEDLESS
+    if old.compose.seed != new.compose.seed and not seedless:
         return f"its random numbers had seed {old.compose.seed}, and would have seed {new.compose.seed}"
     for names, specs in ((old, new), (new, old)):
         if any(name.startswith(CORRECTION) and specs.specs.get(name) != spec for name, spec in names.specs.items()):
             return f"weights: {old.compose.weights} and weights: {new.compose.weights} keep other corrections"
-    if type(old.method) is type(new.method) and old.options == new.options:
-        return None if old.logical == new.logical else "its state has another form"
+    if type(old.method) is type(new.method):
+        differing = {
+            f.name for f in fields(old.options) if getattr(old.options, f.name) != getattr(new.options, f.name)
+        }
+        if differing <= FREE.get(old.method.name, frozenset()):
+            return None if old.logical == new.logical else "its state has another form"
     if type(old.method) not in _ADAMS or type(new.method) not in _ADAMS:
         same = old.method.name == new.method.name
         return f"the options of {old.method.name} say what its state means" if same else "they keep other quantities"

@@ -15,7 +15,7 @@ from memadvise.names import canonical_name, matches, repeat_pattern
 from memadvise.optim.int8_weights import Int8Weight, holdable, quantize_weights
 from memadvise.optim.optimizer import MemadviseOptimizer
 from memadvise.optim.registry import fitted, method_info, problems_of
-from memadvise.optim.weights import Int8
+from memadvise.optim.weights import FORMS, Int8, Nearest
 from memadvise.plan.schema import ModelShape, Plan, Rule, Setting
 
 _SHOWN = 4
@@ -41,21 +41,22 @@ def create_optimizer(
         model: its trainable parameters are optimized, tied ones once; frozen ones are left alone.
         plan: the path of a plan file, a plan, or one setting for every parameter (0-D and 1-D tensors then keep dense
             AdamW state where the method is meant for matrices).
-        lr: learning rate; a 0-dim tensor works too.
+        lr: learning rate; a 0-dim tensor works too. Where rules have an ``lr_factor``, parameters of one factor are one
+            group, with the learning rate ``lr * lr_factor`` and the entry ``lr_factor``, for schedulers that want a
+            rate for each: ``[lr * group.get("lr_factor", 1) for group in optimizer.param_groups]``.
         weight_decay: decoupled, for every parameter; pass ``param_groups`` to exempt some.
         betas: default (0.9, 0.999), or the method's own where every parameter uses the same (Lion: 0.9, 0.99).
         eps: default 1e-8, or likewise the method's own (APOLLO: 1e-6).
         executor: "eager", "chunked" or "fused"; None chooses.
-        param_groups: your own groups of the model's parameters (tensors or named pairs), kept in number and order;
-            default one group with every trainable parameter. Methods that want another learning rate (APOLLO, GaLore:
-            about 10 times AdamW's; Lion a tenth) want a group of their own, with its ``lr``. Not with parameters that
-            are yet to be held in int8.
+        param_groups: your own groups of the model's parameters (tensors or named pairs), kept in number and order, but
+            that a group of several ``lr_factor`` is as many, one behind the other; each multiplies the group's ``lr``.
+            Default one group with every trainable parameter. Not with parameters that are yet to be held in int8.
 
     Raises:
         PlanError: every mistake of the plan, at once, with its place in the file.
         OptimizerError: a hyper-parameter out of range, or a group with a parameter that is not of the model.
     """
-    trainable, settings = _bound(model, plan)
+    trainable, settings, factors = _bound(model, plan)
     methods = {settings.method} if isinstance(settings, Setting) else {s.method for s in settings.values()}
     method = method_info(methods.pop() if len(methods) == 1 else "adamw").method
     betas = method.default_betas if betas is None else betas
@@ -63,7 +64,9 @@ def create_optimizer(
     given = None if param_groups is None else _named_groups(param_groups, trainable)
 
     def make(parameters: Mapping[str, Tensor]) -> MemadviseOptimizer:
-        groups = list(parameters.items()) if given is None else given
+        groups = [{"params": list(parameters.items())}] if given is None else given
+        if any(factor != 1 for factor in factors.values()):
+            groups = _by_factor(groups, factors, lr)
         return MemadviseOptimizer(
             groups, settings, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, executor=executor
         )
@@ -92,13 +95,14 @@ def hold_weights(model: nn.Module, plan: str | Path | Plan | Setting) -> list[st
     Raises:
         PlanError, OptimizerError: as create_optimizer.
     """
-    return quantize_weights(model, _to_be_int8(*_bound(model, plan)))
+    trainable, settings, _ = _bound(model, plan)
+    return quantize_weights(model, _to_be_int8(trainable, settings))
 
 
 def _bound(
     model: nn.Module, plan: str | Path | Plan | Setting
-) -> tuple[dict[str, Tensor], Setting | dict[str, Setting]]:
-    """The trainable parameters by name, and the one setting for all or the setting of each."""
+) -> tuple[dict[str, Tensor], Setting | dict[str, Setting], dict[str, float]]:
+    """The trainable parameters by name, the one setting for all or that of each, and the learning-rate factors."""
     named = _named(model)
     trainable = {name: p for name, p in named.items() if p.requires_grad}
     if not trainable:
@@ -106,13 +110,53 @@ def _bound(
             "the model has no trainable parameter", hint="set requires_grad=True where training is meant"
         )
     if isinstance(plan, Setting):
-        return trainable, plan
+        return trainable, plan, {}
     if not isinstance(plan, Plan):
         from memadvise.plan.load import load_plan
 
         plan = load_plan(plan)
     shapes = {name: tuple(p.shape) for name, p in trainable.items()}
-    return trainable, bind_plan(plan, shapes, frozen=named.keys() - trainable.keys())
+    settings = bind_plan(plan, shapes, frozen=named.keys() - trainable.keys())
+    rules = deciding_rules(plan, trainable)
+    if problems := _wrong_dtypes(trainable, rules):
+        raise PlanError(sorted(problems, key=_position))
+    return trainable, settings, {name: rule.lr_factor for name, rule in rules.items()}
+
+
+def deciding_rules(plan: Plan, names: Iterable[str]) -> dict[str, Rule]:
+    """Name -> the first rule that matches it, for a plan that has one for each."""
+    return {name: next(rule for rule in plan.rules if _matches(rule, name)) for name in names}
+
+
+def _wrong_dtypes(trainable: Mapping[str, Tensor], rules: Mapping[str, Rule]) -> list[MemadviseError]:
+    """One problem for each rule whose ``weights`` cannot be written to a parameter as it is."""
+    found: dict[int, MemadviseError] = {}
+    for name, rule in rules.items():
+        p, form = trainable[name], FORMS[rule.options.get("weights", Nearest.name)]
+        if isinstance(p, Int8Weight) or nn.parameter.is_lazy(p):
+            continue  # said where they are resolved
+        problem = form.problem(p)
+        if form.name == Int8.name:  # it will be made of what p is now
+            problem = None if holdable(p) else f"{p.dtype} cannot be held in int8"
+        if problem:
+            where = rule.marks.get("weights")
+            hint = "leave 'weights' out of the rule, or cast the model before making the optimizer"
+            found.setdefault(id(rule), OptimizerError(f"{name}: {problem}", where=where, hint=hint))
+    return list(found.values())
+
+
+def _by_factor(groups: list[dict[str, Any]], factors: Mapping[str, float], lr: float | Tensor) -> list[dict[str, Any]]:
+    """``groups``, each as many as its parameters have factors; the learning rate times the factor."""
+    split = []
+    for group in groups:
+        parts: dict[float, list[tuple[str, Tensor]]] = {}
+        for name, p in group["params"]:
+            parts.setdefault(factors[name], []).append((name, p))
+        for factor, pairs in parts.items():
+            rate = group.get("lr", lr)
+            own = {"lr": rate if factor == 1 else rate * factor, "lr_factor": factor}
+            split.append({**group, "params": pairs, **own})
+    return split
 
 
 def _to_be_int8(trainable: Mapping[str, Tensor], settings: Setting | Mapping[str, Setting]) -> list[str]:

@@ -18,11 +18,11 @@ from torch.optim.optimizer import Optimizer
 
 from memadvise.errors import OptimizerError
 from memadvise.names import canonical_name
-from memadvise.optim import compose, engine
+from memadvise.optim import compose, engine, regroup
 from memadvise.optim import convert as conversion
 from memadvise.optim.engine import Resolved
 from memadvise.optim.method import Hyper, Tensors
-from memadvise.optim.registry import DENSE, canonical_key, fitted, parse_setting
+from memadvise.optim.registry import ALL_OPTIONS, DENSE, canonical_key, fitted, method_info, parse_setting
 from memadvise.plan.schema import Setting
 
 STATE_FORMAT = 1
@@ -80,18 +80,27 @@ class MemadviseOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters later, as in torch; their setting comes from the one setting, or from their name.
 
-        With one setting for all, a group may override the method's options: ``{"params": [...], "axes": [0]}``.
+        With one setting for all, a group may override the method's options, ``{"params": [...], "axes": [0]}``, or have
+        another method, ``{"params": tables, "method": "adamw", "lr": 1e-3}``, with the common options alone.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         param_group = dict(param_group)
         settings = self._settings
         if isinstance(settings, Setting):
-            method = parse_setting(settings).method
+            if "method" in param_group:
+                common = {key: value for key, value in settings.options.items() if key in compose.NAMES}
+                settings = Setting(param_group.pop("method"), common)
+            method = method_info(settings.method).method
             fields = {f.name for f in dataclasses.fields(method.options_type)} | set(compose.NAMES)
             own = {key: param_group.pop(key) for key in fields & set(param_group)}
             settings = Setting(settings.method, {**settings.options, **own})
         before = len(self.param_groups)
+        if stray := sorted(ALL_OPTIONS & set(param_group)):
+            whose = f"{settings.method} has no such option" if isinstance(settings, Setting) else "the plan decides it"
+            raise OptimizerError(
+                f"group {before} holds {stray[0]}, which would do nothing: {whose}", hint=f"remove {stray[0]}"
+            )
         if not isinstance(param_group["params"], Tensor | set):
             param_group["params"] = list(param_group["params"])
             tensors = [item[1] if isinstance(item, tuple) else item for item in param_group["params"]]
@@ -221,7 +230,8 @@ class MemadviseOptimizer(Optimizer):
 
         Args:
             state_dict: of this plan, or, with ``convert``, of one that differs from it.
-            convert: make state of another setting into state of this one where :mod:`memadvise.optim.convert` can.
+            convert: make state of another setting into state of this one where :mod:`memadvise.optim.convert` can, and
+                put parameters of other groups by name (:mod:`memadvise.optim.regroup`).
 
         Raises:
             OptimizerError: a newer format, or state that another setting made (the parameter is named); the optimizer
@@ -229,6 +239,9 @@ class MemadviseOptimizer(Optimizer):
             ValueError: another number of groups or parameters.
         """
         loaded: dict[Tensor, Tensors] = {}
+        names = [[self._resolved[p].name for p in group["params"]] for group in self.param_groups]
+        if convert and "param_groups" in state_dict and regroup.differs(state_dict, names):
+            state_dict = regroup.regrouped(state_dict, self.param_groups, names)
 
         def withhold(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             # torch would cast every tensor to its parameter's dtype: it gets the groups only, after the user's hooks.
@@ -259,6 +272,12 @@ class MemadviseOptimizer(Optimizer):
             )
         counts = [len(group["params"]) for group in state_dict["param_groups"]]
         if counts != [len(group["params"]) for group in self.param_groups]:
+            if regroup.differs(state_dict, [[self._resolved[p].name for p in g["params"]] for g in self.param_groups]):
+                raise OptimizerError(
+                    "this optimizer state has the same parameters in other groups",
+                    hint="make the optimizer with the plan (or groups) of this checkpoint, or let "
+                    "load_state_dict(..., convert=True) put them by name",
+                )
             return {}  # torch says so in its own words
         settings = ours["settings"] if ours is not None else {}
         self._check_order(state_dict)

@@ -15,6 +15,7 @@ from torch import Tensor
 from memadvise.errors import Mark, OptimizerError
 from memadvise.optim import compose as composition
 from memadvise.optim.compose import Compose
+from memadvise.optim.int8_tensor import Int8Weight
 from memadvise.optim.method import Method, OptionProblem, Options, Shape, StateSpec
 from memadvise.optim.methods.adafactor import Adafactor
 from memadvise.optim.methods.adagrad import Adagrad
@@ -31,7 +32,7 @@ from memadvise.optim.methods.rmsprop import RMSprop
 from memadvise.optim.methods.sgd import SGD
 from memadvise.optim.methods.slimadam import SlimAdam
 from memadvise.optim.recipe import make_recipe
-from memadvise.optim.weights import FORMS
+from memadvise.optim.weights import FORMS, Int8
 from memadvise.plan.schema import Setting
 
 DENSE = Setting("adamw")
@@ -82,6 +83,7 @@ _METHODS: tuple[Method, ...] = (
 )
 METHODS: tuple[MethodInfo, ...] = tuple(_info(method) for method in _METHODS)
 _BY_NAME = {info.name: info for info in METHODS}
+ALL_OPTIONS = frozenset(composition.NAMES).union(*(info.options for info in METHODS))
 
 
 def list_methods() -> tuple[str, ...]:
@@ -156,13 +158,14 @@ def problems_of(
         return [error]
     own = {f.name for f in dataclasses.fields(method.options_type)}
     known = own | set(composition.NAMES)
+    meant = {**dict.fromkeys([*known, "lr_factor"]), "lr": "lr_factor"}  # what a rule has beside options
     choices = f"its options: {', '.join(sorted(own))}" if own else "it takes no options of its own"
     choices += f"; of any method: {', '.join(composition.NAMES)}"
     found = [
         OptimizerError(
             f"{setting.method} has no option '{option}'",
             where=marks.get(option, marks.get("method")),
-            hint=_did_you_mean(option, known) or choices,
+            hint=_did_you_mean(meant.get(option) or option, meant) or choices,
         )
         for option in setting.options
         if option not in known
@@ -236,6 +239,14 @@ def canonical_key(setting: Setting) -> str:
         if value != f.default:
             kept[f.name] = value
     return Setting(setting.method, kept).key
+
+
+def weight_bytes(setting: Setting, shape: Shape, dtype: torch.dtype = torch.float32) -> int:
+    """The bytes of the weights of a parameter of ``shape`` and ``dtype`` under ``setting``: fewer for int8 alone."""
+    values = torch.empty(shape, dtype=dtype, device="meta")
+    if setting.options.get("weights") == Int8.name and values.numel():
+        return Int8Weight.from_float(values).nbytes_held
+    return values.nbytes
 
 
 def approximate_second_moment(setting: Setting, v: Tensor) -> Tensor | None:

@@ -32,7 +32,8 @@ def emit_plan(plan: Plan, *, command: str | None = None, budget: str | None = No
         budget: the budget in the user's own words, such as ``12GB``.
 
     Raises:
-        ValueError: an option that YAML cannot hold (not finite, or an object), or one called 'match' or 'method'.
+        ValueError: an option that YAML cannot hold (not finite, or an object), or one called 'match', 'method' or
+            'lr_factor'.
     """
     lines = _comment(f"A memadvise plan, written by memadvise {memadvise.__version__}")
     if command:
@@ -86,11 +87,12 @@ def _digest(body: str) -> str:
 
 
 def _rule(rule: Rule) -> list[str]:
-    clash = {"match", "method"} & set(rule.options)
+    clash = {"match", "method", "lr_factor"} & set(rule.options)
     if clash:
         raise ValueError(f"rule '{rule.match}': an option cannot be called {clash.pop()!r}")
     lines = _comment(rule.reason, indent="  ") if rule.reason else []
     lines += [f"  - match: {_quoted(rule.match)}", f"    method: {_scalar(rule.method)}"]
+    lines += [f"    lr_factor: {_scalar(rule.lr_factor)}"] if rule.lr_factor != 1 else []
     return lines + [f"    {_scalar(key)}: {_value(value)}" for key, value in rule.options.items()]
 
 

@@ -6,6 +6,7 @@ Only the structure is checked here. Which options a method has, and whether a ru
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections.abc import Callable, Iterable
@@ -294,11 +295,30 @@ def _rule(source: Source, node: Node, where: str) -> Rule | None:
         elif text is not None and name == "match":
             _check_pattern(source, text, value.mark)
         required[name] = text or ""
+    factor = 1.0
+    if "lr_factor" in fields:
+        value = fields.pop("lr_factor")
+        marks["lr_factor"] = value.mark
+        factor = _factor(source, value, f"'lr_factor' of {where}")
     options: dict[str, Any] = {}
     for key, value in fields.items():
         marks[key] = value.mark
         options[key] = _option(source, value, f"option '{key}' of {where}")
-    return Rule(required.get("match", ""), required.get("method", ""), options, marks=marks)
+    return Rule(required.get("match", ""), required.get("method", ""), options, marks=marks, lr_factor=factor)
+
+
+def _factor(source: Source, node: Node, where: str) -> float:
+    """A positive number; 1 where it is none, which is then noted."""
+    value: Any = None
+    if node.kind == "scalar" and node.plain:
+        with contextlib.suppress(ValueError):
+            value = resolve(node.text)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf"):
+        return float(value)
+    if node.kind != "invalid":
+        hint = "it multiplies the learning rate of create_optimizer: 10 for apollo, 0.1 for lion, for example"
+        source.problem(f"{where} should be a finite number above 0, found {node.describe()}", node.mark, hint)
+    return 1.0
 
 
 def _check_pattern(source: Source, pattern: str, mark: Mark) -> None:

@@ -32,8 +32,9 @@ def _plain(value: Any) -> str:
 class Rule:
     """``match`` -> ``method`` with ``options``; the first rule that matches a parameter decides.
 
-    Options are the method's own (already of Python types); ``marks`` maps ``"match"``, ``"method"`` and each
-    option to its place in the file, so that later layers can point at it. ``reason`` is written as a comment.
+    Options are the method's own (already of Python types); ``marks`` maps ``"match"``, ``"method"``, ``"lr_factor"``
+    and each option to its place in the file, so that later layers can point at it. ``reason`` is written as a comment.
+    ``lr_factor`` times the optimizer's learning rate is that of the parameters which the rule decides.
     """
 
     match: str
@@ -41,6 +42,7 @@ class Rule:
     options: dict[str, Any] = field(default_factory=dict)
     reason: str = field(default="", compare=False)
     marks: dict[str, Mark] = field(default_factory=dict, compare=False, repr=False)
+    lr_factor: float = 1.0
 
 
 @dataclass(frozen=True)

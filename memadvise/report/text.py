@@ -39,6 +39,8 @@ class GroupChoiceLike(Protocol):
     @property
     def state_bytes_after(self) -> int: ...
     @property
+    def weight_bytes_saved(self) -> int: ...
+    @property
     def expected_harm(self) -> float | None: ...
     @property
     def reason(self) -> str: ...
@@ -302,24 +304,28 @@ def recommendation_renderables(
         groups = sorted(recommendation.groups, key=lambda g: g.state_bytes_after - g.state_bytes_before)
         total_before = sum(g.state_bytes_before for g in groups)
         total_after = sum(g.state_bytes_after for g in groups)
+        lighter = any(g.weight_bytes_saved for g in groups)  # int8 weights, which a pin asked for
         parts.append(
             table(
                 {
                     "parameters": "name", "role": "text", "tensors": "number", "setting": "text",
-                    "state before": "number", "after": "number", "expected harm": "number",
-                    "why": "text",
+                    "state before": "number", "after": "number",
+                    **({"weights save": "number"} if lighter else {}), "expected harm": "number", "why": "text",
                 },
                 [
                     *(
                         (
                             g.pattern, g.role, str(g.count), g.setting_key, format_bytes(g.state_bytes_before),
-                            format_bytes(g.state_bytes_after), _harm(g.expected_harm), g.reason,
+                            format_bytes(g.state_bytes_after),
+                            *([_bytes_or_dash(g.weight_bytes_saved)] if lighter else []),
+                            _harm(g.expected_harm), g.reason,
                         )
                         for g in groups
                     ),
                     (
                         "all", "", str(sum(g.count for g in groups)), "", format_bytes(total_before),
-                        format_bytes(total_after), "", "",
+                        format_bytes(total_after),
+                        *([format_bytes(sum(g.weight_bytes_saved for g in groups))] if lighter else []), "", "",
                     ),
                 ],
                 optional=("role", "tensors", "expected harm"),

@@ -116,6 +116,40 @@ def test_foreach_and_fused_flags(case: Case) -> None:
             case.make(Toy().parameters(), fused=True)
 
 
+def test_a_group_may_have_another_method() -> None:
+    """The way to leave embedding tables to AdamW in the plain classes of APOLLO and GaLore."""
+    from memadvise.optim import APOLLO
+
+    model, twin = Toy(), Toy()
+    groups = [
+        {"params": [(n, p) for n, p in model.named_parameters() if n != "embed"]},
+        {"params": [("embed", model.embed)], "method": "adamw", "lr": 1e-3},
+    ]
+    optimizer = APOLLO(groups, rank=2, cautious_decay=True)
+    assert optimizer.settings()["embed"].key == "adamw(cautious_decay=True)"
+    assert optimizer.settings()["query"].key == "apollo(cautious_decay=True, rank=2)"
+    assert optimizer.param_groups[1]["lr"] == 1e-3
+    assert "method" not in optimizer.param_groups[1]
+    settings = optimizer.settings()
+    rates = {"embed": 1e-3}
+    others = [{"params": [(n, p)], "lr": rates.get(n, 1e-2)} for n, p in twin.named_parameters()]
+    train(model, optimizer, 3)
+    train(twin, MemadviseOptimizer(others, settings, lr=1e-2, eps=1e-6), 3)
+    assert same(weights(model), weights(twin))
+    before = len(optimizer.param_groups)
+    with pytest.raises(OptimizerError, match="there is no method 'adam'"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3, 3))], "method": "adam"})
+    for options, words in (
+        ({"method": "adamw", "rank": 2}, "group 2 holds rank, which would do nothing: adamw has no such option"),
+        ({"axes": [0]}, "group 2 holds axes, which would do nothing: apollo has no such option"),
+    ):
+        with pytest.raises(OptimizerError, match=words):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3, 3))], **options})
+    with pytest.raises(OptimizerError, match="group 0 holds momentum, which would do nothing: the plan decides it"):
+        MemadviseOptimizer([{"params": twin.named_parameters(), "momentum": 0.9}], settings, lr=1e-2)
+    assert len(optimizer.param_groups) == before
+
+
 def test_a_group_may_override_the_options_and_a_refused_group_leaves_no_trace() -> None:
     model = Toy()
     from memadvise.optim import SlimAdam

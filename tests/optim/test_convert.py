@@ -16,9 +16,10 @@ from toy import Toy, loss_of, optimizer_for, same, train, weights
 
 from memadvise.errors import OptimizerError
 from memadvise.optim import MemadviseOptimizer, create_optimizer
+from memadvise.optim import convert as conversion
 from memadvise.optim.codecs.table import CODECS
 from memadvise.optim.convert import setting_of
-from memadvise.optim.registry import canonical_key
+from memadvise.optim.registry import canonical_key, list_methods, method_info
 from memadvise.plan.schema import Plan, Rule, Setting
 
 SHAPE = (8, 6)
@@ -216,6 +217,37 @@ def test_what_leaves_the_state_alone(change: str) -> None:
     assert all(torch.equal(v, state_of(converted(after, "slimadam(axes=[1])"))[n]) for n, v in state_of(before).items())
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("adafactor", "adafactor(step_size=relative, eps2=1e-2)"),
+        ("adafactor(momentum=0.9)", "adafactor(beta2_decay=-0.7, clip=2.0, eps1=1e-20, momentum=0.5)"),
+        ("came", "came(beta3=0.999, clip=2.0, correct_instability=True)"),
+        ("micro_adam", "micro_adam(alpha=0.5, bias_correction=window)"),
+        ("apollo(rank=2)", "apollo(limiter=1.05, limiter_floor=1e-3, rank=2, scale=2.0)"),
+        ("apollo_mini", "apollo_mini(scale=64.0)"),
+        ("galore(rank=2)", "galore(rank=2, scale=1.0)"),
+        ("adapprox(rank=2, store=lowrank)", "adapprox(clip=2.0, power_iterations=3, rank=2, store=lowrank)"),
+        ("lion", "lion(cautious=paper, seed=5)"),
+        ("adamw(first_moment=int8)", "adamw(first_moment=int8, seed=5)"),
+    ],
+)
+def test_options_that_change_no_state_convert_trivially(old: str, new: str) -> None:
+    before = trained(old)
+    with pytest.raises(OptimizerError, match="its state stays as it is"):
+        trained(new, 0).load_state_dict(before.state_dict())
+    after = converted(before, new)
+    assert state_of(after).keys() == state_of(before).keys()
+    assert all(torch.equal(value, state_of(after)[name]) for name, value in state_of(before).items())
+    assert feed(after, 2, first=4).isfinite().all()
+
+
+def test_the_lists_name_methods_and_options_that_exist() -> None:
+    for method, options in conversion.FREE.items():
+        assert options <= set(method_info(method).options), method
+    assert set(list_methods()) >= conversion.SEEDLESS
+
+
 # ---------------------------------------------------------------- a whole plan
 
 
@@ -257,6 +289,40 @@ def test_a_plan_that_changes_in_mid_run() -> None:
     train(model, largest, 2)
 
 
+def test_a_plan_whose_learning_rate_factors_change_in_mid_run() -> None:
+    """Parameters in other groups are put by name; groups keep their rate for a factor of 1 and their schedule."""
+    model = Toy()
+    first = Plan(rules=(Rule("query", "adamw", lr_factor=10.0), Rule("**", "adamw")))
+    second = Plan(rules=(Rule("embed", "slimadam", {"axes": [1]}, lr_factor=2.0), Rule("**", "adamw")))
+    optimizer = create_optimizer(model, first, lr=1e-2, weight_decay=0.1)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    train(model, optimizer, 2)
+    saved = optimizer.state_dict()
+    other = create_optimizer(model, second, lr=5.0)
+    with pytest.raises(OptimizerError, match=r"the same parameters in other groups\n  hint: .*convert=True"):
+        other.load_state_dict(saved)
+    assert not other.state
+    other.load_state_dict(saved, convert=True)
+    named = {n: other.state[p] for n, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        old, new = optimizer.state[p], named[name]
+        assert torch.equal(old["exp_avg"], new["exp_avg"])
+        wanted = old["exp_avg_sq"].mean(1, keepdim=True) if name == "embed" else old["exp_avg_sq"]
+        torch.testing.assert_close(new["exp_avg_sq"], wanted)
+    assert [(g["lr"], g["initial_lr"], g["lr_factor"], g["weight_decay"]) for g in other.param_groups] == [
+        (pytest.approx(1e-2), pytest.approx(2e-2), 2.0, 0.1),
+        (pytest.approx(5e-3), pytest.approx(1e-2), 1.0, 0.1),
+    ]
+    train(model, other, 1)
+    plain = create_optimizer(model, Plan(rules=(Rule("**", "adamw"),)), lr=5.0)
+    plain.load_state_dict(saved, convert=True)
+    assert plain.param_groups[0]["lr"] == pytest.approx(5e-3)
+    assert "lr_factor" not in plain.param_groups[0]
+    saved["param_groups"][0]["weight_decay"] = 0.2
+    with pytest.raises(OptimizerError, match=r"which are one group now, had different weight_decay: 0\.\d and 0\.\d"):
+        create_optimizer(model, Plan(rules=(Rule("**", "adamw"),)), lr=5.0).load_state_dict(saved, convert=True)
+
+
 def test_convert_changes_nothing_where_nothing_has_to_change() -> None:
     model, twin = Toy(), Toy()
     one, two = (optimizer_for(m, Setting("slimadam", {"axes": [1]}), 1e-2) for m in (model, twin))
@@ -293,7 +359,17 @@ def test_parameters_without_state_have_nothing_to_convert() -> None:
         ("sgd(momentum=0.9)", "sgd(momentum=0.5)", "the options of sgd say what its state means"),
         ("adafactor", "adamw", "they keep other quantities"),
         ("adamw", "adafactor", "they keep other quantities"),
-        ("adamw", "adamw(seed=3)", "its random numbers had seed 0, and would have seed 3"),
+        ("apollo(rank=2)", "apollo(rank=2, seed=3)", "its random numbers had seed 0, and would have seed 3"),
+        ("apollo(rank=2)", "apollo(projection=sketch, rank=2)", "the options of apollo say what its state means"),
+        ("apollo(rank=2)", "apollo(rank=2, update_every=7)", "the options of apollo say"),
+        ("apollo(rank=2)", "apollo(limiter_on=corrected, rank=2)", "the options of apollo say"),
+        ("apollo(rank=2)", "apollo(limiter=None, rank=2)", "its state has another form"),
+        ("apollo(rank=2)", "apollo(rank=3)", "the options of apollo say"),
+        ("galore(rank=2)", "galore(rank=2, update_every=7)", "the options of galore say"),
+        ("galore(rank=2)", "galore(rank=2, seed=3)", "its random numbers had seed 0"),
+        ("adapprox(adam=True, rank=2)", "adapprox(rank=2)", "the options of adapprox say what its state means"),
+        ("adafactor", "adafactor(momentum=0.9)", "its state has another form"),
+        ("micro_adam(block=48, bucket=8)", "micro_adam(block=24, bucket=8)", "the options of micro_adam say"),
         ("adamw", "adamw(compat=official)", "only one of them follows the official code"),
     ],
 )

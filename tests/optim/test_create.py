@@ -227,6 +227,85 @@ def test_the_users_groups_keep_number_and_order() -> None:
         create_optimizer(model, PLAN, lr=1e-2, param_groups=[nn.Parameter(torch.zeros(3))])
 
 
+FACTORS = Plan(
+    rules=(
+        Rule("query", "apollo", {"rank": 2}, lr_factor=10.0),
+        Rule("b*", "lion", lr_factor=0.1),
+        Rule("conv", "adamw", lr_factor=10.0),
+        Rule("**", "adamw"),
+    )
+)
+
+
+def test_a_rules_learning_rate_factor_is_a_group_that_schedulers_know() -> None:
+    model = Toy()
+    optimizer = create_optimizer(model, FACTORS, lr=1e-2, weight_decay=0.1)
+    found = [(g["lr_factor"], g["lr"], g["param_names"]) for g in optimizer.param_groups]
+    by_factor = {factor: (lr, set(names)) for factor, lr, names in found}
+    assert by_factor == {
+        1.0: (1e-2, {"embed", "experts.w", "gain"}),
+        10.0: (0.1, {"query", "conv"}),
+        0.1: (pytest.approx(1e-3), {"bias"}),
+    }
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    train(model, optimizer, 1)
+    scheduler.step()
+    assert [g["lr"] / g["lr_factor"] for g in optimizer.param_groups] == pytest.approx([5e-3] * 3)
+
+
+def test_a_learning_rate_factor_is_what_a_group_with_that_rate_would_be() -> None:
+    model, twin = Toy(), Toy()
+    optimizer = create_optimizer(model, FACTORS, lr=1e-2)
+    plain = Plan(rules=tuple(Rule(r.match, r.method, r.options) for r in FACTORS.rules))
+    rates = {"query": 0.1, "conv": 0.1, "bias": 1e-2 * 0.1}
+    groups = [{"params": [p], "lr": rates.get(n, 1e-2)} for n, p in twin.named_parameters()]
+    other = create_optimizer(twin, plain, lr=1e-2, param_groups=groups)
+    assert "lr_factor" not in other.param_groups[0]
+    train(model, optimizer, 3)
+    train(twin, other, 3)
+    assert same(weights(model), weights(twin))
+    resumed = create_optimizer(model, FACTORS, lr=5.0)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert [g["lr"] for g in resumed.param_groups] == [g["lr"] for g in optimizer.param_groups]
+
+
+def test_learning_rate_factors_multiply_those_of_the_users_groups() -> None:
+    model = Toy()
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    lr = torch.tensor(2.0)
+    groups = [{"params": matrices, "weight_decay": 0.5}, {"params": rest, "lr": lr}]
+    optimizer = create_optimizer(model, FACTORS, lr=1e-2, param_groups=groups)
+    assert [(len(g["params"]), float(g["lr"]), g["weight_decay"]) for g in optimizer.param_groups] == [
+        (2, 1e-2, 0.5),
+        (2, 0.1, 0.5),
+        (1, pytest.approx(0.2), 0.0),
+        (1, 2.0, 0.0),
+    ]
+    assert optimizer.param_groups[3]["lr"] is lr
+
+
+def test_weights_that_a_parameter_cannot_be_written_to_have_a_place(tmp_path: Path) -> None:
+    path = tmp_path / "memadvise.yaml"
+    path.write_text(
+        'version: 1\nrules:\n  - {match: "query", method: adamw, weights: stochastic}\n'
+        '  - {match: "e*", method: adamw, weights: ecc8}\n  - {match: "**", method: adamw, weights: ecc8}\n'
+    )
+    with pytest.raises(PlanError) as caught:
+        create_optimizer(Toy(), path, lr=1e-2)
+    text = str(caught.value)
+    assert f"{path}:3:46: error: query: weights: stochastic is for bfloat16 parameters, not float32" in text
+    assert f"{path}:4:43: error: embed: weights: ecc8 corrects bfloat16 and float16" in text
+    assert len(caught.value.problems) == 3
+    create_optimizer(Toy().bfloat16(), path, lr=1e-2)
+
+
+def test_a_learning_rate_in_a_rule_is_told_the_word() -> None:
+    for option in ("lr", "lr_facter"):
+        with pytest.raises(PlanError, match=rf"adamw has no option '{option}'\n  hint: did you mean 'lr_factor'"):
+            create_optimizer(Toy(), Plan(rules=(Rule("**", "adamw", {option: 10}),)), lr=1e-2)
+
+
 # ---------------------------------------------------------------- the registry
 
 

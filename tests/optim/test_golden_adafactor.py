@@ -180,6 +180,7 @@ def test_a_row_of_zeros_beside_huge_gradients_is_finite() -> None:
         ({"clip": 0}, "clip should be a number above 0"),
         ({"eps1": 0}, "eps1 should be a number above 0"),
         ({"eps2": float("nan")}, "eps2 should be"),
+        ({"eps2": 1e-2}, "eps2 would do nothing: with step_size lr"),
         ({"beta2_decay": 0.8}, "beta2_decay should be"),
         ({"cautious": True}, "cautious would do nothing"),
         ({"first_moment": "bf16"}, "keeps no first moment"),

@@ -337,6 +337,7 @@ def test_c8_partitions_of_convolutions_and_expert_stacks() -> None:
         ({"partition": "head", "heads": 0}, (4, 4), "at least 1"),
         ({"partition": "head", "heads": 3}, (4, 4), r"the 4 rows of \[4, 4\] do not divide in 3 heads"),
         ({"partition": "row", "heads": 2}, (4, 4), "heads does not go with partition: row"),
+        ({"partition": "whole", "axis": 1}, (4, 4), "axis would do nothing with partition: whole"),
         ({"partition": "row", "axis": 2}, (4, 4), "axis should be 0 or 1"),
         ({"partition": "row", "axis": 1}, (4,), "does not fit the shape"),
         ({"partition": "column"}, (4,), "one value for a vector"),

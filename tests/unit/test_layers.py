@@ -23,7 +23,7 @@ FLOORS = (
     ("memory", "report"),
     ("advise",),
     ("probe",),
-    ("scan",),
+    ("scan", "explain"),
     ("cli",),
     ("__main__",),
 )

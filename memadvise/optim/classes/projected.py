@@ -12,7 +12,13 @@ from memadvise.optim.optimizer import Params
 
 
 class APOLLO(PlainOptimizer):
-    """One step size a channel, from a randomly projected gradient; 0-D and 1-D tensors keep dense AdamW state."""
+    """One step size a channel, from a randomly projected gradient; 0-D and 1-D tensors keep dense AdamW state.
+
+    Every matrix is projected, embedding tables and output heads too, which the paper leaves to AdamW: the class knows
+    parameters, not what they are for. Give those a group of their own::
+
+        APOLLO([{"params": hidden}, {"params": tables, "method": "adamw", "lr": 1e-3}])
+    """
 
     method = "apollo"
 
@@ -49,7 +55,13 @@ class APOLLO(PlainOptimizer):
 
 
 class APOLLOMini(PlainOptimizer):
-    """One step size a matrix, from a gradient projected to rank 1; 0-D and 1-D tensors keep dense AdamW state."""
+    """One step size a matrix, from a gradient projected to rank 1; 0-D and 1-D tensors keep dense AdamW state.
+
+    Every matrix is projected, embedding tables and output heads too, which the paper leaves to AdamW: the class knows
+    parameters, not what they are for. Give those a group of their own::
+
+        APOLLOMini([{"params": hidden}, {"params": tables, "method": "adamw", "lr": 1e-3}])
+    """
 
     method = "apollo_mini"
 
@@ -84,7 +96,13 @@ class APOLLOMini(PlainOptimizer):
 
 
 class GaLore(PlainOptimizer):
-    """Adam in the gradient's leading singular subspace; 0-D and 1-D tensors keep dense AdamW state."""
+    """Adam in the gradient's leading singular subspace; 0-D and 1-D tensors keep dense AdamW state.
+
+    Every matrix is projected, embedding tables and output heads too, which the paper leaves to AdamW: the class knows
+    parameters, not what they are for. Give those a group of their own::
+
+        GaLore([{"params": hidden}, {"params": tables, "method": "adamw", "lr": 1e-3}])
+    """
 
     method = "galore"
 

@@ -77,6 +77,12 @@ class AdafactorOptions(Options):
             )
         check_positive("eps1", self.eps1)
         check_positive("eps2", self.eps2)
+        if self.step_size == "lr" and self.eps2 != AdafactorOptions.eps2:
+            raise OptionProblem(
+                "eps2",
+                "eps2 would do nothing: with step_size lr the size of the weights does not count",
+                "remove eps2, or use step_size: relative or scaled",
+            )
 
 
 class Adafactor(Factored):
@@ -92,7 +98,7 @@ class Adafactor(Factored):
         "clip": "the largest RMS of an update",
         "beta2_decay": "the second moment's newest weight is t to this power",
         "eps1": "added to squared gradients",
-        "eps2": "the least RMS of weights that step_size counts with",
+        "eps2": "the least RMS of weights that step_size relative and scaled count with",
     }
     bytes_help = "0 bytes a parameter, 4 a row and column; 4 more a parameter with momentum"
     default_weight_decay = 0.0

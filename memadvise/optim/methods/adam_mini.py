@@ -73,6 +73,8 @@ class AdamMiniOptions(Options):
             raise OptionProblem("partition", "partition: head needs the number of heads", "add for example heads: 12")
         if self.heads is not None and self.partition != "head":
             raise OptionProblem("heads", f"heads does not go with partition: {self.partition}", "use partition: head")
+        if self.axis and self.partition == "whole":
+            raise OptionProblem("axis", "axis would do nothing with partition: whole", "remove axis")
         expected = 0
         for start, stop, heads in segments:
             if start != expected or stop <= start:

@@ -94,6 +94,18 @@ class ScaledOptions(ProjectedOptions):
             )
         if self.limiter_on not in LIMITED:
             raise OptionProblem("limiter_on", f"limiter_on '{self.limiter_on}' is none of {', '.join(LIMITED)}")
+        if self.limiter is None:
+            for option in ("limiter_floor", "limiter_on"):
+                if getattr(self, option) != getattr(ScaledOptions, option):
+                    raise OptionProblem(
+                        option, f"{option} would do nothing: there is no limiter", f"remove {option}, or limiter: null"
+                    )
+        if self.compat and self.limiter_floor != ScaledOptions.limiter_floor:
+            raise OptionProblem(
+                "limiter_floor",
+                "limiter_floor would do nothing: the official limiter grows from any norm, zero included",
+                "remove limiter_floor, or compat",
+            )
         if self.compat and self.limiter_on != "raw":
             raise OptionProblem("limiter_on", "the official limiter is on raw norms", "remove limiter_on, or compat")
 

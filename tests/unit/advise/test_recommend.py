@@ -22,6 +22,8 @@ from memadvise.ledger import (
 from memadvise.names import matches
 from memadvise.optim.registry import state_bytes
 from memadvise.plan.schema import Plan, Setting, Switches
+from memadvise.report.text import render_recommendation
+from memadvise.units import format_bytes
 
 SCRATCH = 10_000
 ROWS, COLUMNS = 256, 128
@@ -92,6 +94,34 @@ def plan_state(plan: Plan) -> int:
         rule = next(r for r in plan.rules if matches(r.match, parameter.name))
         total += state_bytes(Setting(rule.method, rule.options), parameter.shape)
     return total
+
+
+def test_int8_weights_of_a_pin_count_as_saved_and_leave_room_for_state() -> None:
+    pin = Setting("adamw", {"weights": "int8"})
+    less = WEIGHT - int(WEIGHT / 4 * (1 + 3 / 128))
+
+    def traced(plan: Plan) -> MemoryLedger:
+        whole = ledger(plan_state(plan), plan.switches, "memadvise plan", SCRATCH)
+        phases = tuple(
+            replace(p, peak_bytes=p.peak_bytes - less, by_category={**p.by_category, "weights": WEIGHTS - less})
+            for p in whole.phases
+        )
+        return replace(whole, phases=phases, peak_bytes=max(p.peak_bytes for p in phases))
+
+    mean = state_bytes(Setting("slimadam", {"axes": [1]}), (ROWS, COLUMNS))
+    budget = room(DENSE_STATE - 2 * (DENSE_BYTES - mean) - less)  # weights less, one pair of means suffices
+    result = recommend(scan(), budget, trace=traced, pins=[("head.weight", pin)])
+    choice = next(c for c in result.groups if c.role == "head")
+    assert choice.weight_bytes_saved == less
+    assert choice.state_bytes_before == choice.state_bytes_after
+    rule = next(r for r in result.plan.rules if r.match == "head.weight")
+    assert f"saves {format_bytes(less)};" in rule.reason
+    assert settings(result)["mlp_up"] == "slimadam(axes=[1])"
+    assert settings(result)["mlp_down"] == "adamw"
+    text = render_recommendation(result)
+    assert "weights save" in text
+    assert format_bytes(less) in text
+    assert "weights save" not in render_recommendation(recommend(scan(), 10**9, trace=trace))
 
 
 def trace(plan: Plan) -> MemoryLedger:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import json
+import math
 import os
 import subprocess
 import sys
@@ -519,10 +521,62 @@ def test_the_best_learning_rate_of_each_setting_is_compared_with_adamw() -> None
         convergence.Outcome(convergence.Run(sgd, 0.1, 5), nan, nan),
     ]
     assert convergence.rows(outcomes) == [
-        ["adamw", "1e-03", "2.500", "+0.000", "8.00", "yes"],
-        ["lion", "3e-04", "2.600", "+0.100", "4.00", "yes"],
+        ["adamw", "1e-03<", "2.500", "+0.000", "8.00", "yes"],
+        ["lion", "3e-04>", "2.600", "+0.100", "4.00", "yes"],
         ["sgd", "-", "diverged", "-", "-", "no"],
     ]
+    inner = [*outcomes, convergence.Outcome(convergence.Run(adamw, 3e-4, 5), 2.7, 8.0)]
+    assert convergence.rows(inner)[0][1] == "1e-03"
+
+
+@pytest.mark.parametrize(
+    ("method", "best", "tried"),
+    [
+        ("adamw", 1e-3, [3e-4, 1e-3, 3e-3]),
+        ("adamw", 3e-3, [3e-4, 1e-3, 3e-3, 1e-2]),
+        ("adamw", 1.0, [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]),  # to the end of what is tried, and no further
+        ("adamw", 0.0, [3e-4, 1e-3, 3e-3, 1e-4, 3e-5, 1e-5]),
+        ("lion", 1e-4, [3e-5, 1e-4, 3e-4]),
+        ("sgd", 1e-2, [3e-2, 1e-1, 3e-1, 1e-2, 3e-3]),
+    ],
+)
+def test_the_grid_goes_on_while_the_best_lies_on_its_edge(method: str, best: float, tried: list[float]) -> None:
+    setting = Setting(method)
+    outcomes: list[convergence.Outcome] = []
+    while rates := convergence.wanted(setting, outcomes):
+        for lr in rates:
+            loss = abs(math.log(lr / best)) if best else lr
+            outcomes.append(convergence.Outcome(convergence.Run(setting, lr, 5), loss, 0.0))
+    assert [outcome.run.lr for outcome in outcomes] == tried
+
+
+def test_finished_runs_are_kept_and_foreign_ones_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "cache.json"
+    calls: list[convergence.Run] = []
+
+    def train(run: convergence.Run) -> convergence.Outcome:
+        calls.append(run)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return convergence.Outcome(run, math.nan if run.lr > 2e-3 else 2.0 + run.lr, 8.0)
+
+    monkeypatch.setattr(convergence, "train", train)
+
+    def results() -> list[tuple[float, float]]:
+        cache = convergence.Cache(path)
+        return [(o.run.lr, o.loss) for o in convergence.results([Setting("adamw")], (1e-3, 3e-3), 5, 1, cache)]
+
+    with pytest.raises(KeyboardInterrupt):
+        results()
+    assert len(json.loads(path.read_text())["runs"]) == 2
+    found = results()
+    assert [lr for lr, _ in found] == [1e-3, 3e-3, 3e-4, 1e-4, 3e-5]
+    assert math.isnan(found[1][1])
+    assert len(calls) == 6
+    assert str(results()) == str(found)
+    assert len(calls) == 6
+    monkeypatch.setattr(convergence, "_made_by", lambda: "another torch")
+    assert convergence.Cache(path).runs == {}
 
 
 def test_the_convergence_table_covers_every_method() -> None:

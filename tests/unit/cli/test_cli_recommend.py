@@ -74,6 +74,7 @@ def test_json_is_one_document(calls: object, sample_recommendation: Any, capsys:
         "method": "slimadam",
         "options": {"axes": [1]},
         "reason": "SNR 6 along fan_in",
+        "lr_factor": 1.0,
     }
     assert document["groups"][1]["expected_harm"] == 0.0125
     assert document["before"]["by_category"]["optimizer_state"] == 800 * MIB
@@ -157,6 +158,12 @@ def test_pins_that_cannot_be_read(calls: list[Any], pin: str, capsys: Capture) -
     err = capsys.readouterr().err
     assert err.startswith(f"error: --pin '{pin}'")
     assert "write PATTERN=METHOD" in err
+
+
+def test_a_pin_has_no_learning_rate_factor(calls: list[Any], capsys: Capture) -> None:
+    assert run(["recommend", "--budget", "12GB", "--pin", "a=lion(lr_factor=0.1)"]) == 2
+    assert "a pin has no lr_factor\n  hint: write it into the plan" in capsys.readouterr().err
+    assert not calls
     assert calls == []
 
 

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from memadvise import optim
 from memadvise.cli.app import run
 from memadvise.optim.registry import METHODS, validate
 from memadvise.plan.schema import Setting
@@ -86,6 +88,22 @@ def test_one_method_and_an_unknown_one(capsys: Capture) -> None:
     assert capsys.readouterr().err == "error: there is no method 'slimadm'\n  hint: did you mean 'slimadam'?\n"
     assert run(["optimizers", "-o", "methods.txt"]) == 0
     assert "adam_mini" in Path("methods.txt").read_text()
+
+
+def test_a_method_shows_its_class_and_what_it_takes_by_default(capsys: Capture) -> None:
+    assert run(["optimizers", "apollo_mini"]) == 0
+    line = (
+        "memadvise.optim.APOLLOMini(params, lr=0.01, betas=(0.9, 0.999), eps=1e-06, weight_decay=0.0); in a plan with"
+    )
+    assert line in capsys.readouterr().out
+    assert run(["optimizers", "--format", "json"]) == 0
+    for row in json.loads(capsys.readouterr().out)["methods"]:
+        plain = getattr(optim, row["class"])
+        assert plain.method == row["name"]
+        made = plain([torch.nn.Parameter(torch.zeros(4, 4))])
+        assert {key: made.defaults[key] for key in row["defaults"]} == {
+            key: tuple(value) if isinstance(value, list) else value for key, value in row["defaults"].items()
+        }
 
 
 def test_init_writes_a_target_that_loads_and_trains(capsys: Capture) -> None:

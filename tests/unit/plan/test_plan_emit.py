@@ -61,13 +61,14 @@ scalar = st.one_of(
     st.integers(-(10**18), 10**18), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.none(), text
 )
 value = st.recursive(scalar, lambda inner: st.lists(inner, max_size=3), max_leaves=5)
-key = text.filter(lambda t: t not in ("match", "method") and len(t) < 60)
+key = text.filter(lambda t: t not in ("match", "method", "lr_factor") and len(t) < 60)
 rule = st.builds(
     Rule,
     match=pattern,
     method=text.filter(bool),
     options=st.dictionaries(key, value, max_size=3),
     reason=st.text(max_size=30),
+    lr_factor=st.just(1.0) | st.floats(min_value=0, exclude_min=True, allow_infinity=False),
 )
 size = st.integers(1, 10**15)
 plans = st.builds(

@@ -86,6 +86,14 @@ def test_a_whole_plan_is_read_with_types_decided_by_the_field() -> None:
     assert isinstance(plan.rules[1].options["momentum"], float)
 
 
+def test_a_learning_rate_factor_is_no_option_of_the_method() -> None:
+    (rule,) = parse_plan(with_rule("{match: a, method: apollo, lr_factor: 1e1, rank: 4}")).rules
+    assert (rule.lr_factor, rule.options) == (10.0, {"rank": 4})
+    assert rule.marks["lr_factor"].column == 43
+    assert parse_plan(with_rule("{match: a, method: b}")).rules[0].lr_factor == 1
+    assert rule != parse_plan(with_rule("{match: a, method: apollo, rank: 4}")).rules[0]
+
+
 def test_marks_point_at_values() -> None:
     rule = parse_plan(WHOLE, path="m.yaml").rules[0]
     assert {key: str(mark) for key, mark in rule.marks.items()} == {
@@ -172,6 +180,28 @@ def test_numbers_a_plan_cannot_hold(text: str) -> None:
         ),
         (with_rule("{match: a, method: b, axes: [1, {}]}"), "option 'axes' of rules[0][1] should be a scalar", None),
         (with_rule("{match: a, method: b, lr: 1, lr: 2}"), "3:34: error: duplicate key 'lr' in rules[0]", "line 3"),
+        *(
+            (
+                with_rule(f"{{match: a, method: b, lr_factor: {value}}}"),
+                f"3:38: error: 'lr_factor' of rules[0] should be a finite number above 0, found {shown}",
+                "multiplies the learning rate",
+            )
+            for value, shown in [
+                ("0", "'0'"),
+                ("-1", "'-1'"),
+                ("x", "'x'"),
+                ("true", "'true'"),
+                ("[1]", "a list"),
+                ('"1"', "the string '1'"),
+                (".inf", "'.inf'"),
+                ("1e999", "'1e999'"),
+            ]
+        ),
+        (
+            with_rule("{match: a, method: b, lr_factor: }"),
+            "'lr_factor' of rules[0] should be a finite number above 0, found nothing",
+            "10",
+        ),
         (with_rule("{match: a, method: b, [1]: 2}"), "a key of rules[0] is a list, not a word", None),
         (
             "version: 1\nversion: 1\nrules: [{match: a, method: b}]",
