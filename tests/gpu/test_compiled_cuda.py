@@ -1,0 +1,52 @@
+"""The compiled executor on CUDA, where it is the default: against eager on the CPU, and without temporaries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_compiled import FORMS, SETTINGS, Matrices, agree, run
+
+from memadvise.plan.schema import Setting
+
+pytestmark = pytest.mark.gpu
+
+CODECS = [Setting("adamw", {"first_moment": name, "second_moment": name}) for name in ("dynamic8", "int4", "bf16")]
+
+
+@pytest.mark.parametrize("setting", [*SETTINGS, *CODECS], ids=lambda s: s.key)
+def test_agrees_with_eager_on_the_cpu(setting: Setting, device: str) -> None:
+    agree(setting, torch.float32, device)
+
+
+@pytest.mark.parametrize(("setting", "dtype"), FORMS, ids=lambda x: getattr(x, "key", str(x)))
+def test_weights_of_every_form_and_dtype(setting: Setting, dtype: torch.dtype, device: str) -> None:
+    agree(setting, dtype, device)
+
+
+@pytest.mark.parametrize("setting", [*SETTINGS, *CODECS], ids=lambda s: s.key)
+def test_nothing_of_a_parameters_size_is_allocated(setting: Setting, device: str) -> None:
+    model = Matrices(rows=(16384,), columns=1024).to(device)
+    optimizer = run(model, setting, None, steps=2)
+    (memory,) = optimizer.memory()
+    assert memory.executor == "compiled"
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    optimizer.step()
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before <= memory.scratch_bytes + (1 << 20)
+
+
+def test_a_learning_rate_on_the_device_stays_there(device: str) -> None:
+    lr = torch.tensor(1e-2, device=device)
+    model, twin = Matrices().to(device), Matrices().to(device)
+    optimizer, other = (run(m, Setting("slimadam", {"axes": [1]}), "compiled", steps=1) for m in (model, twin))
+    optimizer.param_groups[0]["lr"], other.param_groups[0]["lr"] = lr, 1e-2
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    other.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
