@@ -579,5 +579,9 @@ def test_finished_runs_are_kept_and_foreign_ones_are_not(tmp_path: Path, monkeyp
     assert convergence.Cache(path).runs == {}
 
 
+def test_only_settings_of_the_table_are_explained() -> None:
+    assert set(convergence.WHY) <= {setting.key for setting in convergence.SETTINGS}
+
+
 def test_the_convergence_table_covers_every_method() -> None:
     assert {setting.method for setting in convergence.SETTINGS} == set(list_methods())
