@@ -40,9 +40,8 @@ SETTINGS = [
 ]
 FORMS = [
     (Setting("slimadam", {"axes": [1], "weights": "stochastic"}), torch.bfloat16),
-    (Setting("lion", {"weights": "ecc8"}), torch.bfloat16),
-    (Setting("sgd", {"weights": "ecc16"}), torch.float16),
-    (Setting("adamw", {"weights": "int8"}), torch.float32),
+    (Setting("adamw", {"weights": "stochastic", "second_moment": "int8"}), torch.bfloat16),
+    (Setting("sgd"), torch.float16),
     (Setting("slimadam", {"axes": [0]}), torch.bfloat16),
     (Setting("lion"), torch.float64),
 ]
@@ -136,7 +135,9 @@ def test_a_schedule_compiles_nothing_anew() -> None:
 
 
 def test_nothing_of_a_parameters_size_is_allocated() -> None:
-    for setting in (Setting("slimadam", {"axes": [1]}), Setting("slimadam", {"axes": [0]}), Setting("adafactor")):
+    coded = Setting("slimadam", {"axes": [1], "first_moment": "int8"})
+    column_means = Setting("slimadam", {"axes": [0]})
+    for setting in (column_means, coded, Setting("adafactor"), Setting("came"), Setting("adamw", INT8)):
         model = Matrices(rows=(4096,), columns=256)
         optimizer = run(model, setting, "compiled", steps=2)
         with allocator_log() as log:

@@ -94,7 +94,7 @@ def test_unknown_arguments_and_mixed_names_are_refused(case: Case, setting: Sett
         ({"lr": 1.0, "betas": (0.9,)}, "betas should be"),
         ({"lr": 1.0, "eps": -1e-8}, "eps should be"),
         ({"lr": 1.0, "weight_decay": -0.1}, "weight_decay should be"),
-        ({"lr": 1.0, "executor": "compiled"}, "no executor 'compiled'"),
+        ({"lr": 1.0, "executor": "quick"}, "no executor 'quick'"),
     ],
 )
 def test_hyper_parameters_out_of_range(arguments: dict[str, Any], words: str) -> None:

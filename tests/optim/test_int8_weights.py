@@ -632,7 +632,7 @@ def test_a_step_makes_no_floats_of_the_parameters_size(case: Case, setting: Sett
     optimizer = MemadviseOptimizer([("p", p)], setting, lr=case.lr, weight_decay=0.1)
     optimizer.step()
     (record,) = optimizer.memory()
-    assert record.executor == "chunked"
+    assert record.executor in ("chunked", "compiled")
     measured = transient_bytes(optimizer)
     assert measured <= record.scratch_bytes + 4096
     if shape[1] % 128 == 0:  # rows of whole groups: boxes of any method fit them

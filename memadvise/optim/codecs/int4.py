@@ -76,7 +76,7 @@ class Int4(BlockCodec):
         return stored[first:last, start // 2 : -(-stop // 2)]
 
     def scratch(self) -> int:
-        return 32
+        return 36
 
 
 def _linear(x: Tensor) -> Tensor:

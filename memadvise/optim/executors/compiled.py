@@ -41,6 +41,8 @@ def supports(recipe: Recipe, kind: str) -> bool:
     """Whether a step of this recipe can be compiled for a device of ``kind``."""
     if kind == "cpu" and not all(coded.codec.arithmetic for coded in recipe.coded.values()):
         return False  # element by element it is slower than the lookups of chunked, and takes a minute to compile
+    if recipe.compose.weights not in ("nearest", "stochastic"):
+        return False  # of what is written back in parts inductor keeps a copy: the parameter's size once more
     fits = math.prod(recipe.view) > 0 and block_width(recipe) is not None
     return fits and recipe.method.traceable(recipe.view, recipe.options)
 
@@ -60,7 +62,9 @@ def scratch_bytes(recipe: Recipe) -> int:
     """Upper bound of what a kernel allocates: sums, those of blocks of rows before them, and what is made of them."""
     method, view = recipe.method, recipe.view
     blocks = 3 * math.prod(view) // ROWS if method.visits(view, recipe.options) else 0
-    return blocks * compute_dtype(recipe.dtype).itemsize + method.scratch_bytes(view, recipe.options)
+    moments = [recipe.coded[name] for name in recipe.elementwise if name in recipe.coded]
+    ends = sum(2 * math.prod(view) // c.codec.block for c in moments if c.codec.block)  # least and greatest of a block
+    return (blocks + ends) * compute_dtype(recipe.dtype).itemsize + method.scratch_bytes(view, recipe.options)
 
 
 def step(works: Sequence[Work], h: Hyper) -> None:
@@ -261,8 +265,8 @@ class _Plan:
     """How one parameter is stepped.
 
     ``names``: of its own tensors, in order. ``rows``: how many, where their number may vary from call to call, so that
-    parameters share kernels; 0: it is a constant. ``blocks``: in a row, where tensors are seen by blocks. ``views``: the
-    shapes in which kernels see them. ``identity``: parameters with the same can be stepped by one call.
+    parameters share kernels; 0: it is a constant. ``blocks``: in a row, where tensors are seen by blocks. ``views``:
+    the shapes in which kernels see them. ``identity``: parameters with the same can be stepped by one call.
     """
 
     program: Program

@@ -194,7 +194,7 @@ class _Whole:
         u, changed = recipe.method.update(part, self.ctx)
         signs, scale = self.tensors.get(SIGNS), None
         if signs is not None:
-            scale = caution_scale(str(recipe.compose.cautious), signs, math.prod(recipe.view))
+            scale = caution_scale(str(recipe.compose.cautious), signs, part.g.numel())
         p = moved(part.p, part.g, u, scale, self.h, recipe)
         for name, value in {**new, **changed}.items():
             coded = recipe.coded.get(name)

@@ -36,7 +36,7 @@ from torch import Tensor
 from memadvise.optim import noise
 from memadvise.optim.method import Shape, read
 
-_NOISE = 2**16  # random numbers made at a time; at most 48 bytes of temporaries each
+_NOISE = 2**16  # random numbers made at a time; at most 32 bytes of temporaries each
 _PIECES = 8  # in which float64 copies are made
 
 
@@ -274,7 +274,7 @@ def scratch_elements(shape: Shape, ranks: Ranks) -> int:
     """Upper bound of the factor-sized values that live at once in a step with these factors (see the tests)."""
     *lead, rows, inputs = shape
     wide = ranks.columns(ranks.rank, shape)
-    noise_values = 12 * min(_NOISE, wide * inputs * math.prod(lead))
+    noise_values = 8 * min(_NOISE, wide * inputs * math.prod(lead))
     products = 2 * (rows + inputs) + min(rows, inputs)  # two pairs of factors, and a product of one box
     return math.prod(lead) * (wide * products + 3 * wide * wide) + noise_values
 
