@@ -53,7 +53,8 @@ def bits(key: Key, start: int, count: int, device: torch.device | str) -> Tensor
     else:
         h = torch.arange(count, device=device, dtype=torch.int32)
     # int32 wraps around, so that all of this is modulo 2^32
-    h = h.add_(signed32(start)).mul_(signed32(0x9E3779B1)).add_(low).add_(signed32(start >> 32))
+    # (the key comes before the product: a compiler would take a multiple of a place for an index, in 64 bits)
+    h = h.add_(signed32(start)).bitwise_xor_(low).mul_(signed32(0x9E3779B1)).add_(signed32(start >> 32))
     h = h.bitwise_xor_(_shifted(h, 16)).mul_(signed32(0x7FEB352D)).add_(high)
     h = h.bitwise_xor_(_shifted(h, 15)).mul_(signed32(0x846CA68B))
     return h.bitwise_xor_(_shifted(h, 16))

@@ -174,7 +174,9 @@ class MemadviseOptimizer(Optimizer):
         with torch.no_grad():
             for group, params in chosen:
                 beta1, beta2 = group["betas"]
-                hyper = Hyper(group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
+                lr = group["lr"]
+                lr = lr.to(torch.float64) if isinstance(lr, Tensor) else lr  # a float is float64, too
+                hyper = Hyper(lr, beta1, beta2, group["eps"], group["weight_decay"])
                 work.append((hyper, []))
                 for p in params:
                     g, resolved = p.grad, self._resolved[p]

@@ -82,7 +82,12 @@ def test_every_executor_agrees_with_eager_on_the_cpu(
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         for name, value in oracle.state.get(q, {}).items():
             wide = max(tolerance if dtype is torch.float64 else TOLERANCE[torch.float32], 1e-11)
-            torch.testing.assert_close(optimizer.state[p][name].cpu(), value, rtol=wide, atol=wide)
+            found = optimizer.state[p][name].cpu()
+            if setting.method == "galore" or setting.options.get("truncation") == "svd":
+                found, value = found.abs(), value.abs()  # the sign of a singular vector is anybody's choice
+            if setting.method == "micro_adam" and name in ("indices", "values"):
+                continue  # which of equal ones is selected is, too; the weights agree
+            torch.testing.assert_close(found, value, rtol=wide, atol=wide)
 
 
 @every_setting
@@ -116,7 +121,8 @@ def test_adamw_is_torchs_fused_adamw_bit_for_bit(dtype: torch.dtype, lr_on: str 
 @every_setting
 def test_a_learning_rate_on_the_device_is_the_number(case: Case, setting: Setting, device: str) -> None:
     results = []
-    for lr in (case.lr, torch.tensor(case.lr, dtype=torch.float64, device=device)):
+    number = torch.tensor(case.lr).item()  # as float32: what the fused op takes from a tensor
+    for lr in (number, torch.tensor(number, dtype=torch.float64, device=device)):
         model, optimizer = build(setting, lr, None, device, torch.float64)
         feed(model, optimizer, 4)
         results.append(weights(model))
@@ -135,7 +141,7 @@ def test_state_lives_with_its_parameter(case: Case, setting: Setting, executor: 
     executors = {m.name: m.executor for m in optimizer.memory()}
     for parameter_name, p in model.named_parameters():
         for name, value in optimizer.state.get(p, {}).items():
-            on_host = name == "step" and executors[parameter_name] != "fused"
+            on_host = name == "rank" or (name == "step" and executors[parameter_name] != "fused")
             assert value.device == (torch.device("cpu") if on_host else p.device), (parameter_name, name)
 
 

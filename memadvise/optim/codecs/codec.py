@@ -148,7 +148,7 @@ class BlockCodec(Codec):
             codes = self.nearest(x, signed=signed)
         else:
             codes = self.floor(x.clone(), signed=signed)
-            codes += self.beyond(x, codes, signed=signed) > noise * (1 - 2 * _EXACT) + _EXACT
+            codes += self.beyond(x, codes, signed=signed) > noise.clamp(_EXACT, 1 - _EXACT)
         return {"": self.pack(codes, values, signed=signed), "_scale": scale}
 
 

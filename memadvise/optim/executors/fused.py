@@ -44,7 +44,11 @@ def step(works: Sequence[Work], h: Hyper) -> None:
     for work in works:
         groups.setdefault((work.p.device, work.p.dtype), []).append(work)
     for (device, _), members in groups.items():
-        lr = h.lr.to(device, non_blocking=True) if isinstance(h.lr, Tensor) and h.lr.device.type != "cpu" else h.lr
+        lr = (
+            h.lr.to(device, torch.float32, non_blocking=True)
+            if isinstance(h.lr, Tensor) and h.lr.device.type != "cpu"
+            else h.lr
+        )
         torch._fused_adamw_(
             [w.p for w in members],
             [w.g for w in members],

@@ -68,8 +68,7 @@ class AdamW(Method):
         else:
             u = m / (v.sqrt() / small["bias2_sqrt"] + h.eps)
         if ctx.coded and (bound := update_bound(h.beta1, h.beta2)) < math.inf:
-            most = bound * small["bias1"]  # step_size divides by this
-            u = u.clamp(-most, most)
+            return u.div_(small["bias1"]).clamp_(-bound, bound) * h.lr, {"exp_avg": m, "exp_avg_sq": v}
         return u * small["step_size"], {"exp_avg": m, "exp_avg_sq": v}
 
     def second_moment(self, v: Tensor, options: Any) -> Tensor | None:
