@@ -71,9 +71,10 @@ run() {
 
 SPREAD=(-s)
 "$PYTHON" -c 'import xdist' 2>/dev/null && SPREAD=(-n 8 --dist load)
-run gpu_tests 120 "$PYTHON" -m pytest -m gpu tests/gpu -q "${SPREAD[@]}" -p no:cacheprovider
-run gpu_step_time 90 "$PYTHON" benchmarks/step_time.py --device cuda --seconds 60
-run gpu_step_time_bf16 60 "$PYTHON" benchmarks/step_time.py --device cuda --dtype bfloat16 --seconds 35
+run gpu_tests 100 "$PYTHON" -m pytest -m gpu tests/gpu -q "${SPREAD[@]}" -p no:cacheprovider
+run gpu_step_time 110 "$PYTHON" benchmarks/step_time.py --device cuda --no-peers --seconds 80 --only '!chunked'
+run gpu_step_time_bf16 60 "$PYTHON" benchmarks/step_time.py --device cuda --no-peers --dtype bfloat16 --seconds 35 --only '!chunked'
+
 run gpu_estimate_accuracy 80 "$PYTHON" benchmarks/estimate_accuracy.py --device cuda --few
 run gpu_shadow_cost 25 "$PYTHON" benchmarks/shadow_cost.py --device cuda
 run gpu_scaling 50 "$PYTHON" benchmarks/scaling.py --device cuda --seconds 30

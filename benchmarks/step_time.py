@@ -59,10 +59,14 @@ CUDA_COLUMNS = (
 
 
 def chosen(rows: Sequence[Row], patterns: Sequence[str]) -> Iterator[Row]:
-    """The rows whose names match one of the patterns, or contain it; all without patterns."""
+    """The rows whose names match one of the patterns, or contain it (all without patterns), and none after a "!"."""
+    unwanted = [p[1:].lower() for p in patterns if p.startswith("!")]
+    wanted = [p.lower() for p in patterns if not p.startswith("!")]
     for row in rows:
         name = row.name.lower()
-        if not patterns or any(p.lower() in name or fnmatch.fnmatch(name, p.lower()) for p in patterns):
+        if any(p in name for p in unwanted):
+            continue
+        if not wanted or any(p in name or fnmatch.fnmatch(name, p) for p in wanted):
             yield row
 
 

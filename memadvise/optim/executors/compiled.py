@@ -32,7 +32,7 @@ from memadvise.optim.methods.sums import ROWS
 from memadvise.optim.recipe import CORRECTION, Recipe
 
 MOST_KERNELS = 32  # of one setting and pass: a model with more shapes than that would compile for minutes
-LEAST = {"cpu": 1 << 20, "cuda": 1 << 12}  # elements from which a kernel is made unasked
+LEAST = {"cpu": 1 << 19, "cuda": 1 << 12}  # elements from which a kernel is made unasked
 AT_ONCE = {"cuda": 4}  # parameters in one call: there calling takes longer than the step of a small matrix
 _ALIGNMENT = 16  # bytes, which a CUDA kernel reads at once
 
