@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memadvise.errors import OptimizerError
-from memadvise.optim.executors import chunked, compiled, eager, fused
+from memadvise.optim.executors import chunked, compiled, eager, fused, gathered
 from memadvise.optim.executors.work import Memo, Work
 from memadvise.optim.int8_tensor import Int8Weight
 from memadvise.optim.method import Hyper, Shape, StateSpec, Tensors, compute_dtype, device_type, read
@@ -233,6 +233,8 @@ def run(items: Sequence[tuple[Resolved, Tensor, Tensor, Tensors]], h: Hyper, for
     works = [work for bucket in buckets.values() for work in bucket]
     _advance([work for work in works if "step" in work.recipe.specs])
     _set_scalars(buckets["chunked"] + buckets["compiled"] + buckets["eager"], h)
+    if len(buckets["chunked"]) > 1:
+        buckets["chunked"] = gathered.step(buckets["chunked"], h)
     for name, module in (("fused", fused), ("compiled", compiled), ("chunked", chunked), ("eager", eager)):
         if buckets[name]:
             module.step(buckets[name], h)

@@ -44,7 +44,7 @@ def draw(kind: str, key: int, m: int, rank: int, like: Tensor) -> Tensor:
     """
     columns = 1 if in_blocks(kind, m, rank) else rank
     size = like.itemsize * m * columns
-    if size > _MOST_KEPT or detect_fake_mode() is not None or like.device.type == "meta":
+    if size > _MOST_KEPT or detect_fake_mode() is not None or like.device.type != "cpu":
         return _drawn(kind, key, m, columns, like)
     what = (kind, key, m, columns, like.device, like.dtype)
     found = _kept.pop(what, None)

@@ -89,7 +89,8 @@ def test_every_parameter_with_what_is_executed(capsys: Capture) -> None:
     assert [row["name"] for row in found["parameters"]] == [n for n, _ in scope["build_model"]().named_parameters()]
 
 
-def test_the_table_and_the_device(capsys: Capture) -> None:
+def test_the_table_and_the_device(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     assert run(["optimizers", "--explain", "plan.yaml"]) == 0
     text = capsys.readouterr().out
     assert "h.1.up.weight     [256, 64]" in text

@@ -90,7 +90,10 @@ def test_one_method_and_an_unknown_one(capsys: Capture) -> None:
     assert "adam_mini" in Path("methods.txt").read_text()
 
 
-def test_a_method_shows_its_class_and_what_it_takes_by_default(capsys: Capture) -> None:
+def test_a_method_shows_its_class_and_what_it_takes_by_default(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # pytest's own workers set another
     assert run(["optimizers", "apollo_mini"]) == 0
     line = (
         "memadvise.optim.APOLLOMini(params, lr=0.01, betas=(0.9, 0.999), eps=1e-06, weight_decay=0.0); in a plan with"
