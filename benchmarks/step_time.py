@@ -20,7 +20,7 @@ Peers are measured where they are installed, which takes:
     pip install torchao bitsandbytes pytorch-optimizer torch-optimi heavyball adam-mini apollo-torch galore-torch
     pip install came-pytorch transformers numpy
 
-A target is reached if the ratio of CPU seconds, rounded to one decimal as the targets are, is at most the target.
+A target is reached if the ratio of CPU seconds, as printed with two decimals, is at most the target.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def chosen(rows: Sequence[Row], patterns: Sequence[str]) -> Iterator[Row]:
 
 
 def reached(result: Result, target: float | None) -> str:
-    """Whether the ratio of CPU seconds is at most the target, with its one decimal."""
-    return "" if target is None else "yes" if round(result.cpu.ratio, 1) <= target else "no"
+    """Whether the ratio of CPU seconds is at most the target, to its second decimal."""
+    return "" if target is None else "yes" if round(result.cpu.ratio, 2) <= target else "no"
 
 
 def cells(row: Row, result: Result, count: int, bandwidth: float | None) -> list[object]:
