@@ -1,0 +1,85 @@
+"""What a step takes beside what is there, by the kernel's own high-water mark, which misses nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from memadvise.optim.optimizer import MemadviseOptimizer
+from memadvise.plan.schema import Setting
+
+MIB = 2**20
+SHAPE = (8192, 1024)  # 32 MiB
+STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not REFERENCES.exists(), reason="only Linux counts a process's high-water mark"),
+]
+
+
+def status(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def growth(step: Callable[[], object]) -> int:
+    """By how many bytes the resident memory of this process grew while ``step`` ran."""
+    REFERENCES.write_text("5")  # the mark begins anew
+    before = status("VmRSS")
+    step()
+    return status("VmHWM") - before
+
+
+def test_the_mark_sees_a_temporary() -> None:
+    assert growth(lambda: torch.ones(SHAPE).sum()) > 30 * MIB
+
+
+@pytest.mark.parametrize("executor", ["compiled", "chunked"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting("slimadam", {"axes": [1]}),
+        Setting("slimadam", {"axes": [0]}),
+        Setting("adam_mini", {"partition": "whole"}),
+        Setting("lion"),
+        Setting("adafactor"),
+        Setting("came"),
+        Setting("adamw", {"cautious": True}),
+        Setting("slimadam", {"axes": [1], "first_moment": "int8"}),
+        Setting("adamw", {"first_moment": "int8", "second_moment": "int8"}),
+    ],
+    ids=lambda s: s.key,
+)
+def test_four_mebibytes_and_the_scratch_that_is_reported(setting: Setting, executor: str) -> None:
+    optimizer = made(setting, executor)
+    assert growth(optimizer.step) <= 4 * MIB + optimizer.memory()[0].scratch_bytes
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting("apollo_mini"),
+        Setting("apollo", {"rank": 64}),
+        Setting("galore", {"rank": 64}),
+        Setting("adapprox", {"rank": 8, "adapt_every": 0}),
+    ],
+    ids=lambda s: s.key,
+)
+def test_never_more_than_the_largest_tensor_for_low_rank(setting: Setting) -> None:
+    assert growth(made(setting, None).step) <= 32 * MIB
+
+
+def made(setting: Setting, executor: str | None) -> MemadviseOptimizer:
+    p = nn.Parameter(torch.randn(SHAPE))
+    p.grad = torch.randn(SHAPE) * 1e-3
+    optimizer = MemadviseOptimizer([("p", p)], setting, lr=1e-3, executor=executor)
+    for _ in range(2):
+        optimizer.step()
+    return optimizer
