@@ -166,6 +166,11 @@ def test_the_debug_mode_sees_a_wait(device: str) -> None:
 def test_a_step_never_waits_for_the_device(
     case: Case, setting: Setting, executor: str | None, lr_on: str | None, dtype: torch.dtype, device: str
 ) -> None:
+    svd = setting.options.get("truncation") == "svd"
+    if setting.method == "galore" or (
+        setting.method == "adapprox" and (setting.options.get("adapt_every") != 0 or svd)
+    ):
+        pytest.skip("an eigenvalue decomposition waits, and so does a rank that is chosen")
     lr = case.lr if lr_on is None else torch.tensor(case.lr, device=device if lr_on == "cuda" else "cpu")
     model, optimizer = build(setting, lr, executor, device, dtype)
     for p in model.parameters():
