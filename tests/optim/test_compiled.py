@@ -190,6 +190,22 @@ def test_too_many_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
         run(Matrices(), Setting("lion"), "compiled")
 
 
+def test_constants_that_are_scheduled_are_not_compiled_for_ever() -> None:
+    model, twin = Matrices(), Matrices()
+    for each, executor in ((model, "compiled"), (twin, "chunked")):
+        optimizer = MemadviseOptimizer(each.named_parameters(), Setting("lion"), lr=1e-3, executor=executor)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for number in range(compiled.MOST_CONSTANTS + 3):
+                optimizer.param_groups[0]["betas"] = (0.9 - number / 100, 0.99)
+                for p in each.parameters():
+                    p.grad = torch.full_like(p, 0.1)
+                optimizer.step()
+        found = [str(w.message) for w in told if "betas" in str(w.message)]
+        assert len(found) == (executor == "compiled")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
 def test_small_tensors_are_not_compiled_unasked() -> None:
     optimizer = run(Matrices(), Setting("lion"), None)
     assert {m.executor for m in optimizer.memory()} == {"chunked"}

@@ -31,6 +31,7 @@ from memadvise.optim.method import Hyper, Shape, Tensors, compute_dtype, device_
 from memadvise.optim.methods.sums import ROWS
 from memadvise.optim.recipe import CORRECTION, Recipe
 
+MOST_CONSTANTS = 4  # different betas, eps and weight decays of one parameter: they are scheduled, not constants
 MOST_KERNELS = 32  # of one setting and pass: a model with more shapes than that would compile for minutes
 LEAST = {"cpu": 1 << 19, "cuda": 1 << 12}  # elements from which a kernel is made unasked
 AT_ONCE = {"cuda": 4}  # parameters in one call: there calling takes longer than the step of a small matrix
@@ -223,6 +224,11 @@ def _plan(work: Work, h: Hyper, lr: Tensor) -> _Plan | None:
     contiguous = all(t.is_contiguous() for t in tensors)
     if kept is not None and contiguous:
         return kept
+    if len(work.memo.plans) >= MOST_CONSTANTS:
+        kind = p.device.type
+        if not _failed(recipe, kind):
+            _fail(_family(recipe, kind), kind, "its betas, eps or weight decay change from step to step")
+        return None
     view, named, width = recipe.view, _own_tensors(work), block_width(recipe)
     plan = _Plan(Program(recipe, constants, p.group if isinstance(p, Int8Weight) else 0), list(named))
     if width:

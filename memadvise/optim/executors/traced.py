@@ -42,7 +42,8 @@ class Program:
     def key(self) -> Any:
         """Programs with the same do the same, whatever the number of rows."""
         recipe = self.recipe
-        return recipe.method.name, recipe.options, recipe.compose, recipe.dtype, self.constants, self.group
+        when = recipe.method.decays(recipe.view, recipe.options)
+        return recipe.method.name, recipe.options, recipe.compose, recipe.dtype, when, self.constants, self.group
 
     def function(self, what: Pass, shared: Sequence[str], own: Sequence[str], count: int) -> Callable[..., Any]:
         """A pass over ``count`` parameters: a function of the ``shared`` tensors and of each one's ``own``. It returns
