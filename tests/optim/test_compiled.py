@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +18,11 @@ from memadvise.optim.executors import compiled
 from memadvise.optim.optimizer import MemadviseOptimizer
 from memadvise.plan.schema import Setting
 
-pytestmark = pytest.mark.slow  # a kernel takes a second or two to compile
+COMPILER = any(map(shutil.which, ("g++", "clang++", "c++", os.environ.get("CXX", "g++"))))
+pytestmark = [
+    pytest.mark.slow,  # a kernel takes a second or two to compile
+    pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler here; everything runs chunked"),
+]
 
 INT8 = {"first_moment": "int8", "second_moment": "int8"}
 SETTINGS = [
