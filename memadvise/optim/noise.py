@@ -36,7 +36,7 @@ def signed32(bits: int) -> int:
 
 def halves(key: int) -> tuple[Tensor, Tensor]:
     """A key as a compiled kernel takes it: a number would be a constant there, and compiled anew at every step."""
-    low, high = (torch.tensor(signed32(part), dtype=torch.int32) for part in (key, key >> 32))
+    low, high = (torch.tensor(signed32(part), dtype=torch.int32, device="cpu") for part in (key, key >> 32))
     return low, high
 
 

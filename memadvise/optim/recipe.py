@@ -45,6 +45,9 @@ class Recipe:
     coded: dict[str, Coded]
     blocks: tuple[Rows, int] | None = None  # of the weights, where they are held in blocks
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recipe:
+        return self  # it never changes
+
     @cached_property
     def form(self) -> WeightForm:
         """How the weights are written back."""

@@ -12,6 +12,7 @@ What cannot be compiled, or fails to, falls back to chunked, with one warning th
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,9 @@ def supports(recipe: Recipe, kind: str) -> bool:
         return False  # element by element it is slower than the lookups of chunked, and takes a minute to compile
     if recipe.compose.weights not in ("nearest", "stochastic"):
         return False  # of what is written back in parts inductor keeps a copy: the parameter's size once more
+    noisy = recipe.coded or recipe.form.noisy
+    if noisy and math.prod(recipe.view) > LARGEST_INT32:
+        return False  # numbers of elements in 32 bits would repeat the random numbers
     fits = math.prod(recipe.view) > 0 and block_width(recipe) is not None
     return fits and recipe.method.traceable(recipe.view, recipe.options)
 
@@ -70,7 +74,7 @@ def scratch_bytes(recipe: Recipe) -> int:
 
 def step(works: Sequence[Work], h: Hyper) -> None:
     """One step of every parameter, in one kernel each, or a few where sums over all of it come first."""
-    lr = torch.as_tensor(h.lr, dtype=torch.float64)
+    lr = h.lr.to(torch.float64) if isinstance(h.lr, Tensor) else torch.tensor(h.lr, dtype=torch.float64, device="cpu")
     rest: list[Work] = []
     for plan, members in _buckets(works, h, lr):
         if plan is None or not _step_some(plan, members, lr):
@@ -84,6 +88,7 @@ def step(works: Sequence[Work], h: Hyper) -> None:
 _kernels: dict[Any, list[Kernel]] = {}  # several where what tracing assumed of the rows does not hold for all
 _counts: dict[Any, int] = {}
 _failures: dict[Any, str] = {}
+_making = threading.RLock()
 
 
 def _family(recipe: Recipe, kind: str) -> Any:
@@ -117,13 +122,19 @@ def forget() -> None:
 def _kernel_for(plan: _Plan, what: Pass, shared: Tensors, own: list[Tensors]) -> Kernel | None:
     """The kernel for these tensors, made now if there is none; None if there cannot be one."""
     recipe, first = plan.program.recipe, own[0]
-    tensors = [*shared.values(), *(t for mine in own for t in mine.values())]
     layout = tuple(
         (name, (n, *t.shape[1:]) if (n := plan.times(t)) else (tuple(t.shape), t.stride()), t.dtype, t.device)
         for name, t in (shared | first).items()
     )
     large = math.prod(recipe.view) > LARGEST_INT32
     key = (what, plan.program.key, layout, bool(plan.rows), large, len(own))
+    with _making:  # compilers change settings of the whole process while they work
+        return _found_or_made(plan, what, shared, own, key)
+
+
+def _found_or_made(plan: _Plan, what: Pass, shared: Tensors, own: list[Tensors], key: Any) -> Kernel | None:
+    recipe, first = plan.program.recipe, own[0]
+    tensors = [*shared.values(), *(t for mine in own for t in mine.values())]
     for kernel in _kernels.get(key, ()):
         if kernel.holds(plan.rows):
             return kernel
@@ -131,7 +142,7 @@ def _kernel_for(plan: _Plan, what: Pass, shared: Tensors, own: list[Tensors]) ->
     family = _family(recipe, kind)
     if _failed(recipe, kind):
         return None
-    if _counts.get((what, family), 0) >= MOST_KERNELS:
+    if _counts.get((what, plan.program.key), 0) >= MOST_KERNELS:
         _fail(family, kind, f"there are more than {MOST_KERNELS} different shapes")
         return None
     function = plan.program.function(what, list(shared), list(first), len(own))
@@ -143,7 +154,7 @@ def _kernel_for(plan: _Plan, what: Pass, shared: Tensors, own: list[Tensors]) ->
             _failures[kind] = reason
         _fail(family, kind, reason)
         return None
-    _counts[what, family] = _counts.get((what, family), 0) + 1
+    _counts[what, plan.program.key] = _counts.get((what, plan.program.key), 0) + 1
     _kernels.setdefault(key, []).append(kernel)
     return kernel
 
@@ -174,7 +185,7 @@ def _buckets(works: Sequence[Work], h: Hyper, lr: Tensor) -> Iterator[tuple[_Pla
         if plan is None or AT_ONCE.get(work.p.device.type, 1) == 1:
             yield plan, [work]
         else:
-            alike.setdefault((plan.identity, work.step), (plan, []))[1].append(work)
+            alike.setdefault((plan.identity, work.moment), (plan, []))[1].append(work)
     for plan, members in alike.values():
         size = AT_ONCE[members[0].p.device.type]
         whole = len(members) - len(members) % size
@@ -216,7 +227,7 @@ def _plan(work: Work, h: Hyper, lr: Tensor) -> _Plan | None:
     """How this parameter is stepped, remembered while nothing changes that a kernel depends on. None: it cannot be."""
     p, g, recipe = work.p, work.g, work.recipe
     constants = (h.beta1, h.beta2, h.eps, h.weight_decay)
-    memo_key = (*constants, lr.device, g.dtype)
+    memo_key = (*constants, lr.device, g.dtype, p.dtype, p.device)
     kept = work.memo.plans.get(memo_key)
     tensors = kept.tensors(work) if kept is not None else list(_own_tensors(work).values())
     if p.device.type == "cuda" and any(t.data_ptr() % _ALIGNMENT for t in tensors):
@@ -243,7 +254,9 @@ def _plan(work: Work, h: Hyper, lr: Tensor) -> _Plan | None:
         plan.rows, plan.views = math.prod(view), dict.fromkeys(named, (-1,))
     elif contiguous and _rows_vary(recipe, named):
         plan.rows = view[0]
-    plan.rows = plan.rows if plan.rows > 1 else 0
+    seen = [named[name].view(plan.views[name]) if name in plan.views else t for name, t in named.items()]
+    if plan.rows < 2 or all(plan.times(t) != 1 for t in seen):  # a compiler has to find the number somewhere
+        plan.rows = 0
     layout = tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in named.values())
     plan.identity = (plan.program.key, view, layout, tuple(named))
     if contiguous:

@@ -31,7 +31,7 @@ def step(works: Sequence[Work], h: Hyper) -> list[Work]:
     for work in works:
         if _small(work):
             recipe = work.recipe
-            key = (recipe.method.name, recipe.options, recipe.compose, work.p.dtype, work.p.device, work.step)
+            key = (recipe.method.name, recipe.options, recipe.compose, work.p.dtype, work.p.device, work.moment)
             alike.setdefault(key, []).append(work)
         else:
             rest.append(work)

@@ -72,6 +72,7 @@ def _held_once(small: Tensor) -> Tensor:
 
     To it this is a view, and what is viewed is held in memory.
     """
+    small = small.contiguous()  # as it lies in memory in fact: an expanded axis would be taken at its word
     return small if small.ndim == 0 else small.as_strided(small.shape, small.stride())
 
 
@@ -139,10 +140,10 @@ class _Whole:
         g = self.tensors[GRADIENT].to(compute_dtype(self.recipe.dtype))
         weights = self._weights(tuple(g.shape))
         by_blocks = bool(cut and self.width)
-        if by_blocks:
+        small = {name: _held_once(t) for name, t in small.items()}
+        if by_blocks:  # after that: of what is spread over blocks nothing should be held
             small = {name: self._over_blocks(t, self.width) for name, t in small.items()}
         shape = tuple(g.shape) if by_blocks else self.shape
-        small = {name: _held_once(t) for name, t in small.items()}
 
         def state() -> Tensors:
             return {name: self._held(name).view(shape) for name in self.recipe.elementwise}

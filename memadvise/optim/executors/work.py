@@ -48,6 +48,11 @@ class Work:
     def shape(self) -> Shape:
         return self.recipe.view
 
+    @property
+    def moment(self) -> tuple[int, ...]:
+        """The same for works of one step whose scalars are the same tensors: those of one method and step count."""
+        return tuple(map(id, self.scalars.values()))
+
     def context(self, h: Hyper) -> Context:
         coded = bool(self.recipe.coded)
         return Context(h, self.recipe.options, self.shape, self.scalars, self.key, self.step, coded=coded)
