@@ -17,6 +17,7 @@ from torch import Tensor
 from memadvise.optim.tracing import valueless
 
 _MASK = 0xFFFFFFFF
+_MASK64 = (1 << 64) - 1
 
 
 def key_of(*parts: int | str) -> int:
@@ -34,9 +35,18 @@ def signed32(bits: int) -> int:
     return bits - (1 << 32) if bits >> 31 else bits
 
 
+def _scrambled(key: int) -> tuple[int, int]:
+    """The halves of a key whose every bit depends on every bit of ``key`` (splitmix64): keys may be 0, 1, 2, ..."""
+    z = (key + 0x9E3779B97F4A7C15) & _MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    z ^= z >> 31
+    return signed32(z), signed32(z >> 32)
+
+
 def halves(key: int) -> tuple[Tensor, Tensor]:
     """A key as a compiled kernel takes it: a number would be a constant there, and compiled anew at every step."""
-    low, high = (torch.tensor(signed32(part), dtype=torch.int32, device="cpu") for part in (key, key >> 32))
+    low, high = (torch.tensor(part, dtype=torch.int32, device="cpu") for part in _scrambled(key))
     return low, high
 
 
@@ -47,7 +57,7 @@ def _shifted(h: Tensor, places: int) -> Tensor:
 
 def bits(key: Key, start: int, count: int, device: torch.device | str) -> Tensor:
     """``count`` uniform 32-bit integers (int32, with a sign) for the elements ``start``, ``start + 1``, ..."""
-    low, high = key if isinstance(key, tuple) else (signed32(key), signed32(key >> 32))
+    low, high = key if isinstance(key, tuple) else _scrambled(key)
     if valueless():  # following the numbers as known values would compute them
         h = torch.empty(count, device=device, dtype=torch.int32)
     else:

@@ -358,9 +358,9 @@ def test_without_proc_the_step_is_still_made(monkeypatch: pytest.MonkeyPatch, tm
     assert calls == [1]
 
 
-def test_targets_are_compared_with_one_decimal() -> None:
+def test_targets_are_compared_with_two_decimals() -> None:
     result = measured(Row("sgd", lambda model: torch.optim.SGD(model.parameters(), lr=1.0)))
-    close, above = (dataclasses.replace(result, cpu=timing.Pair(ratio, 1.0)) for ratio in (1.34, 1.36))
+    close, above = (dataclasses.replace(result, cpu=timing.Pair(ratio, 1.0)) for ratio in (1.304, 1.306))
     assert (step_time.reached(close, 1.3), step_time.reached(above, 1.3)) == ("yes", "no")
     assert step_time.reached(close, None) == ""
     row = Row("sgd", lambda model: torch.optim.SGD(model.parameters()), 1.3)
