@@ -310,8 +310,16 @@ def test_oversampling_changes_nothing_but_the_svd_cut() -> None:
     plain = srsi.iterate(Dense(a), start[..., :6].clone(), 6, Ranks(6, iterations=2))
     wide = srsi.iterate(Dense(a), start.clone(), 12, Ranks(12, iterations=2))
     torch.testing.assert_close(plain[0] @ plain[1].mT, wide[0][:, :6] @ wide[1][:, :6].mT, rtol=1e-9, atol=1e-9)
-    columns, svd = (srsi_of(a, 6, iterations=1, oversampling=6, truncation=cut)[1] for cut in ("columns", "svd"))
-    assert srsi.relative_error(svd, srsi.square(a)) < 0.9 * srsi.relative_error(columns, srsi.square(a))
+    total, ratios = srsi.square(a), []
+    for key in range(20):
+        begun = srsi.start(key, (60, 50), 12, a, None)
+        cut = {
+            truncation: srsi.iterate(Dense(a), begun[..., :n].clone(), 6, Ranks(6, 1, 1, 1, 6, truncation))[1]
+            for truncation, n in (("columns", 6), ("svd", 12))
+        }
+        ratios.append(srsi.relative_error(cut["svd"], total) / srsi.relative_error(cut["columns"], total))
+    assert max(ratios) < 1  # the best columns of what was found
+    assert sum(ratios) / len(ratios) < 0.9
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-19, 1.0, 1e15])
