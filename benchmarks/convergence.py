@@ -1,6 +1,6 @@
 """Does every optimizer train? Validation loss on examples/gpt_text.py, each at its best learning rate.
 
-    python benchmarks/convergence.py [--steps 120] [--jobs 2] [--only NAME ...] [--cache FILE] [--quick]
+    python benchmarks/convergence.py [--steps 120] [--jobs 2] [--only NAME ...] [--cache FILE] [--table] [--quick]
 
 One seed, the same batches for all, warm-up over the first tenth, then cosine to a tenth; weight decay 0.01. The grid is
 AdamW's (3e-4, 1e-3, 3e-3) times the method's customary factor; while the best learning rate of a setting lies on an
@@ -269,6 +269,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="methods, beside adamw")
     parser.add_argument("--cache", type=Path, metavar="FILE", help="keep finished runs in this JSON file")
+    parser.add_argument("--table", action="store_true", help="train nothing: the table of what the cache holds")
     parser.add_argument("--quick", action="store_true", help="20 steps, one learning rate, three methods")
     options = parser.parse_args()
     settings = [s for s in SETTINGS if not options.only or s.method in ("adamw", *options.only)]
@@ -276,7 +277,12 @@ def main() -> int:
     if options.quick:
         quick = ("adamw", "slimadam(axes=[1])", "lion")
         settings, steps, grid = [s for s in settings if s.key in quick], 20, GRID[1:2]
-    outcomes = list(results(settings, grid, steps, options.jobs, Cache(options.cache)))
+    cache = Cache(options.cache)
+    if options.table:
+        runs = [Run(s, learning_rate(s, lr), steps) for s in settings for lr in ladder(grid)]
+        outcomes = [outcome for run in runs if (outcome := cache.get(run)) is not None]
+    else:
+        outcomes = list(results(settings, grid, steps, options.jobs, cache))
     order = {setting.key: number for number, setting in enumerate(settings)}
     found = rows(sorted(outcomes, key=lambda outcome: order[outcome.run.setting.key]))
     print(machine())
