@@ -79,19 +79,16 @@ def _of_int8(name: str, setting: Setting) -> Setting:
     return Setting(setting.method, {**setting.options, "weights": "int8"})
 
 
-_chosen: dict[tuple[Any, ...], str] = {}  # what was decided before: at every step, of every parameter, it is the same
-
-
 def choose_executor(resolved: Resolved, p: Tensor, forced: str | None) -> str:
     """``fused`` where it is the same arithmetic, ``compiled`` where that pays, else ``chunked``; ``eager`` for tensor
     subclasses such as DTensor.
     """
     if type(p) is not nn.Parameter:  # fake, sharded, quantized: nothing that is stepped a thousand times a minute
         return _choose_executor(resolved, p, forced)
-    key = (resolved.recipe, p.dtype, device_type(p), forced, compiled.number_of_failures())
-    if key not in _chosen:
-        _chosen[key] = _choose_executor(resolved, p, forced)
-    return _chosen[key]
+    key, known = (p.dtype, device_type(p), forced, compiled.number_of_failures()), resolved.memo.executors
+    if key not in known:
+        known[key] = _choose_executor(resolved, p, forced)
+    return known[key]
 
 
 def _choose_executor(resolved: Resolved, p: Tensor, forced: str | None) -> str:

@@ -162,21 +162,19 @@ class Ecc16(ErrorCorrected):
         return {"correction": StateSpec(shape, torch.int16, elementwise=True)}
 
 
-class Int8Part(WeightPart):
-    """Codes [rows, length], scales and zero points of a box of ``shape``, whose floats have ``dtype``."""
-
-    def __init__(self, held: tuple[Tensor, Tensor, Tensor], group: int, shape: Shape, dtype: torch.dtype) -> None:
-        self.held, self.group, self.shape, self.dtype = held, group, shape, dtype
+class _Int8Part(WeightPart):
+    def __init__(self, w: Int8Weight, start: int, shape: Shape) -> None:
+        self.w, self.shape, self.held = w, shape, w.region(start, start + math.prod(shape))
 
     def load(self, out: Tensor | None = None) -> Tensor:
         if out is None:
-            out = torch.empty(self.shape, dtype=compute_dtype(self.dtype), device=self.held[0].device)
-        decode(*self.held, self.group, out.view(self.held[0].shape))
+            out = torch.empty(self.shape, dtype=compute_dtype(self.w.dtype), device=self.w.device)
+        decode(*self.held, self.w.group, out.view(self.held[0].shape))
         return out
 
     def store(self, values: Tensor, noise: Tensor | None) -> None:
         noise = None if noise is None else noise.reshape(self.held[0].shape)
-        encode_(values.reshape(self.held[0].shape), *self.held, self.group, noise)
+        encode_(values.reshape(self.held[0].shape), *self.held, self.w.group, noise)
 
 
 class Int8(WeightForm):
@@ -201,9 +199,7 @@ class Int8(WeightForm):
     def parts(self, p: Tensor, extra: Tensors, cuts: Cuts) -> Sequence[WeightPart]:
         assert isinstance(p, Int8Weight)
         torch.autograd.graph.increment_version(p)  # a backward pass that still needs the old weights has to say so
-        boxes = zip(cuts.starts, cuts.shapes, strict=True)
-        held = [(p.region(start, start + math.prod(shape)), shape) for start, shape in boxes]
-        return [Int8Part(part, p.group, shape, p.dtype) for part, shape in held]
+        return [_Int8Part(p, start, shape) for start, shape in zip(cuts.starts, cuts.shapes, strict=True)]
 
 
 FORMS: dict[str, WeightForm] = {form.name: form for form in (Nearest(), Stochastic(), Ecc8(), Ecc16(), Int8())}

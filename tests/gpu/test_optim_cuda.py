@@ -79,8 +79,11 @@ def test_every_executor_agrees_with_eager_on_the_cpu(
     tolerance = TOLERANCE[dtype]
     if setting.method == "adapprox" and dtype is torch.float32:
         tolerance *= 4  # five power iterations carry the last bits of a sum on
-    if setting.options.get("alpha"):
-        return  # micro_adam's dense part: a value that falls to the next of 4-bit codes is a step away
+    if setting.options.get("alpha"):  # micro_adam's dense part: what falls to the next of 4-bit codes is a step away
+        for left, right in zip(weights(ours), weights(theirs), strict=True):
+            near = (left.cpu() - right).abs() <= tolerance * (1 + right.abs())
+            assert near.double().mean() >= 0.9
+        return
     for left, right in zip(weights(ours), weights(theirs), strict=True):
         torch.testing.assert_close(left.cpu(), right, rtol=tolerance, atol=tolerance)
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):

@@ -147,13 +147,29 @@ def test_sums_over_rows_that_are_seen_by_blocks(setting: Setting, shape: tuple[i
     assert near.double().mean() > 0.99  # but for the codes that fall the other way, which a step of came enlarges
 
 
-def test_a_plan_does_not_outlive_its_device() -> None:
+def test_a_plan_does_not_outlive_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
+    call = compiled.Kernel.__call__
+
+    def seen(kernel: Any, *tensors: Tensor) -> Any:
+        devices.append({t.device.type for t in tensors if t.ndim})
+        return call(kernel, *tensors)
+
+    monkeypatch.setattr(compiled.Kernel, "__call__", seen)
     p = nn.Parameter(torch.randn(40, 128))
     optimizer = MemadviseOptimizer([("p", p)], Setting("lion"), lr=1e-2, executor="compiled")
     p.grad = torch.randn(40, 128)
     optimizer.step()
-    (resolved,) = optimizer._resolved.values()
-    assert all(torch.device("cpu") in key for key in resolved.memo.plans)
+    saved = optimizer.state_dict()
+    p.grad = None
+    torch.utils.swap_tensors(p, nn.Parameter(torch.empty(40, 128, device="meta")))  # as model.cuda() may
+    optimizer.load_state_dict(saved)
+    p.grad = torch.empty(40, 128, device="meta")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing is compiled for meta
+        optimizer.step()
+    assert devices[0] == {"cpu"}
+    assert all(len(found) == 1 for found in devices), "pointers of one device for a kernel of another"
 
 
 @pytest.mark.parametrize(("setting", "dtype"), FORMS, ids=lambda x: getattr(x, "key", str(x)))

@@ -95,7 +95,7 @@ def test_twenty_steps_in_float32_are_those_of_the_slow_dense_reference(method: s
     betas, eps = ((0.9, 0.99), 1e-8) if method == "rmsprop" else ((0.9, 0.999), 1e-10)
     reference = {"rmsprop": lowrank.rmsprop, "adagrad": lowrank.adagrad}[method]
     errors = []
-    for seed in (4, 5, 6):  # now and then a float32 sum is unlucky with what cancels in it: up to 1.2e-6 was seen
+    for seed in (4, 5, 6):  # now and then a float32 sum is unlucky with what cancels in it: 1.1e-6 was seen
         grads = [g.float() for g in stream(20, seed=seed)]
         ours = follow(MAKERS[method], START.float(), grads, weight_decay=0.1, **options)[-1]
         expected = reference(START.float(), grads, 1e-2, betas, eps, 0.1, options)[-1]

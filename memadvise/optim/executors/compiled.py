@@ -27,10 +27,9 @@ from memadvise.optim.executors import chunked
 from memadvise.optim.executors.kernel import LARGEST_INT32, Kernel
 from memadvise.optim.executors.traced import AGREEMENT, GRADIENT, LR, MOVE, SIGNS, WEIGHTS, Pass, Program, block_width
 from memadvise.optim.executors.work import Work
-from memadvise.optim.int8_tensor import Int8Weight
 from memadvise.optim.method import Hyper, Shape, Tensors, compute_dtype, device_type
 from memadvise.optim.methods.sums import ROWS
-from memadvise.optim.recipe import CORRECTION, Recipe
+from memadvise.optim.recipe import Recipe
 
 MOST_CONSTANTS = 4  # different betas, eps and weight decays of one parameter: they are scheduled, not constants
 MOST_KERNELS = 32  # of one setting and pass: a model with more shapes than that would compile for minutes
@@ -215,12 +214,7 @@ def _step_some(plan: _Plan, works: list[Work], lr: Tensor) -> bool:
             return False
         for mine, counted in zip(own, signs, strict=True):
             mine[SIGNS] = counted
-    if plan.run(MOVE, shared, own) is None:
-        return False
-    for work in works:
-        if isinstance(work.p, Int8Weight):
-            torch.autograd.graph.increment_version(work.p)
-    return True
+    return plan.run(MOVE, shared, own) is not None
 
 
 def _plan(work: Work, h: Hyper, lr: Tensor) -> _Plan | None:
@@ -241,7 +235,7 @@ def _plan(work: Work, h: Hyper, lr: Tensor) -> _Plan | None:
             _fail(_family(recipe, kind), kind, "its betas, eps or weight decay change from step to step")
         return None
     view, named, width = recipe.view, _own_tensors(work), block_width(recipe)
-    plan = _Plan(Program(recipe, constants, p.group if isinstance(p, Int8Weight) else 0), list(named))
+    plan = _Plan(Program(recipe, constants), list(named))
     if width:
         if not contiguous:
             return None
@@ -266,17 +260,8 @@ def _plan(work: Work, h: Hyper, lr: Tensor) -> _Plan | None:
 
 def _own_tensors(work: Work) -> Tensors:
     """Weights, gradient and state by name."""
-    p, specs = work.p, work.recipe.specs
-    tensors: Tensors = {}
-    if isinstance(p, Int8Weight):
-        tensors["p.codes"], tensors["p.scale"], tensors["p.zero"] = p.region(0, p.numel())
-    else:
-        tensors[WEIGHTS] = p
-    tensors[GRADIENT] = work.g
-    for name, spec in specs.items():
-        if not spec.host:
-            tensors[f"state.{name}"] = work.state[name]
-    return tensors
+    held = {f"state.{name}": work.state[name] for name, spec in work.recipe.specs.items() if not spec.host}
+    return {WEIGHTS: work.p, GRADIENT: work.g, **held}
 
 
 @dataclass
@@ -298,8 +283,6 @@ class _Plan:
 
     def tensors(self, work: Work) -> list[Tensor]:
         """The parameter's own, in the order of ``names``."""
-        if isinstance(work.p, Int8Weight):
-            return list(_own_tensors(work).values())
         return [work.p, work.g, *(work.state[name[6:]] for name in self.names[2:])]  # without "state."
 
     def gather(self, work: Work) -> Tensors:
@@ -334,13 +317,13 @@ def _cut(recipe: Recipe, name: str) -> bool:
     """Whether a tensor is cut like the parameter."""
     name = name.removeprefix("state.")
     held = {held for n in recipe.elementwise if n in recipe.coded for held in recipe.coded[n].names.values()}
-    return name in recipe.elementwise or name in held or name.startswith((WEIGHTS, CORRECTION)) or name == GRADIENT
+    return name in recipe.elementwise or name in held or name in (WEIGHTS, GRADIENT)
 
 
 def _shapeless(recipe: Recipe, tensors: Tensors) -> bool:
     """Whether shape means nothing: an element-wise method, all of whose tensors are of one size."""
     method, options, view = recipe.method, recipe.options, recipe.view
-    if recipe.coded or recipe.blocks or method.visits(view, options) or method.reduced_axes(view, options) != ():
+    if recipe.coded or method.visits(view, options) or method.reduced_axes(view, options) != ():
         return False
     return all(t.numel() == math.prod(view) for t in tensors.values())
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from memadvise.optim.executors import chunked
 from memadvise.optim.executors.work import Work
-from memadvise.optim.int8_tensor import Int8Weight
 from memadvise.optim.method import Hyper, device_type
 from memadvise.optim.recipe import Recipe, make_recipe
 
@@ -46,7 +45,7 @@ def step(works: Sequence[Work], h: Hyper) -> list[Work]:
 
 def _small(work: Work) -> bool:
     recipe, p = work.recipe, work.p
-    if p.numel() > SMALL or not _elementwise(recipe) or isinstance(p, Int8Weight):
+    if p.numel() > SMALL or not _elementwise(recipe):
         return False
     return all(t.is_contiguous() for t in (p, work.g, *(work.state[name] for name in recipe.elementwise)))
 

@@ -18,8 +18,8 @@ from memadvise.optim import noise
 from memadvise.optim.executors.cuts import Cuts
 from memadvise.optim.executors.work import agreement, caution_scale, encode, moved, noise_like
 from memadvise.optim.method import Context, Hyper, Part, Round, Shape, Tensors, compute_dtype
-from memadvise.optim.recipe import CORRECTION, Coded, Recipe
-from memadvise.optim.weights import Int8Part, WeightPart
+from memadvise.optim.recipe import Coded, Recipe
+from memadvise.optim.weights import WeightPart
 
 WEIGHTS, GRADIENT, LR, SIGNS = "p", "g", "lr", "signs"
 AGREEMENT, MOVE = "agreement", "move"
@@ -30,20 +30,17 @@ Pass = int | str  # a visit by its number, AGREEMENT or MOVE
 
 @dataclass(frozen=True)
 class Program:
-    """What is compiled: a recipe, the constants of its parameter group (betas, eps, weight decay), and the group size
-    of int8 weights.
-    """
+    """What is compiled: a recipe, and the constants of its parameter group (betas, eps, weight decay)."""
 
     recipe: Recipe
     constants: tuple[float, float, float, float]
-    group: int = 0
 
     @property
     def key(self) -> Any:
         """Programs with the same do the same, whatever the number of rows."""
         recipe = self.recipe
         when = recipe.method.decays(recipe.view, recipe.options)
-        return recipe.method.name, recipe.options, recipe.compose, recipe.dtype, when, self.constants, self.group
+        return recipe.method.name, recipe.options, recipe.compose, recipe.dtype, when, self.constants
 
     def function(self, what: Pass, shared: Sequence[str], own: Sequence[str], count: int) -> Callable[..., Any]:
         """A pass over ``count`` parameters: a function of the ``shared`` tensors and of each one's ``own``. It returns
@@ -93,7 +90,7 @@ class _Whole:
 
     def __init__(self, program: Program, tensors: Tensors) -> None:
         recipe = self.recipe = program.recipe
-        self.tensors, self.program = tensors, program
+        self.tensors = tensors
         self.width = block_width(recipe) or 0
         seen = tuple(tensors[GRADIENT].shape)
         self.shape: Shape = seen
@@ -127,13 +124,7 @@ class _Whole:
         return decoded.view(spec.shape)
 
     def _weights(self, shape: Shape) -> WeightPart:
-        tensors, cuts = self.tensors, Cuts.whole(shape)
-        if WEIGHTS not in tensors:
-            held = tensors["p.codes"], tensors["p.scale"], tensors["p.zero"]
-            return Int8Part(held, self.program.group, shape, self.recipe.dtype)
-        prefix = f"state.{CORRECTION}"
-        extra = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        return self.recipe.form.parts(tensors[WEIGHTS], extra, cuts)[0]
+        return self.recipe.form.parts(self.tensors[WEIGHTS], {}, Cuts.whole(shape))[0]
 
     def _part(self, small: Tensors, *, cut: bool = False) -> tuple[Part, WeightPart]:
         """The parameter in its own shape, or with ``cut`` by blocks where there are any."""
@@ -211,7 +202,7 @@ class _Whole:
 def block_width(recipe: Recipe) -> int | None:
     """The elements of a block that all blocks divide; 0 where there are none, None where rows end within one."""
     coded = [recipe.coded[name] for name in recipe.elementwise if name in recipe.coded]
-    blocks = [(c.rows, c.codec.block) for c in coded if c.codec.block] + ([recipe.blocks] if recipe.blocks else [])
+    blocks = [(c.rows, c.codec.block) for c in coded if c.codec.block]
     if not blocks:
         return 0
     width = math.lcm(*(block for _, block in blocks))

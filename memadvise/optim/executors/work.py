@@ -25,7 +25,8 @@ class Memo:
     """What an executor remembers of a parameter from step to step; a copy of the optimizer begins anew."""
 
     def __init__(self) -> None:
-        self.plans: dict[Any, Any] = {}
+        self.executors: dict[Any, str] = {}  # chosen
+        self.plans: dict[Any, Any] = {}  # of compiled steps
 
     def __reduce__(self) -> Any:
         return Memo, ()
