@@ -47,7 +47,7 @@ def create_optimizer(
         weight_decay: decoupled, for every parameter; pass ``param_groups`` to exempt some.
         betas: default (0.9, 0.999), or the method's own where every parameter uses the same (Lion: 0.9, 0.99).
         eps: default 1e-8, or likewise the method's own (APOLLO: 1e-6).
-        executor: "eager", "chunked" or "fused"; None chooses.
+        executor: "eager", "chunked", "compiled" (where it can be, else chunked) or "fused"; None chooses.
         param_groups: your own groups of the model's parameters (tensors or named pairs), kept in number and order, but
             that a group of several ``lr_factor`` is as many, one behind the other; each multiplies the group's ``lr``.
             Default one group with every trainable parameter. Not with parameters that are yet to be held in int8.

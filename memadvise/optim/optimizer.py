@@ -52,7 +52,8 @@ class MemadviseOptimizer(Optimizer):
             matrices), or canonical parameter name -> setting, which needs named parameters.
         lr: learning rate, read at every step; a 0-dim tensor works too.
         betas, eps, weight_decay: as in torch.optim.AdamW, decay decoupled.
-        executor: "eager", "chunked" or "fused" for every parameter; None chooses.
+        executor: "eager", "chunked", "compiled" (where it can be, else chunked) or "fused" for every parameter; None
+            chooses for each.
 
     Raises:
         OptimizerError: a hyper-parameter out of range, a setting that does not fit, a parameter without a setting.
