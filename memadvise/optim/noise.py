@@ -2,8 +2,8 @@
 
 The same key gives the same numbers on every device, in every process, whatever part of a tensor is asked for: results
 do not depend on chunks, shards, the order of parameters, or on what else drew random numbers; and resuming needs no
-generator in the checkpoint. The hash is the
-32-bit one of least bias with two multiplications (Wellons' hash-prospector), the key added before it and within.
+generator in the checkpoint. The hash is the 32-bit one of least bias with two multiplications (Wellons'
+hash-prospector); one half of the key enters before it, the other within.
 """
 
 from __future__ import annotations
