@@ -13,16 +13,16 @@ export OMP_WAIT_POLICY ?= passive
 test: export OMP_NUM_THREADS ?= 1  # the tests themselves are spread over the cores
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test lint types check-memory update-baseline bench clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
 
 demo: $(STAMP)  ## scan a model, recommend under a budget, train with the plan beside plain AdamW (under 4 minutes)
 	$(PY) examples/demo.py
 
-test: $(STAMP) lint types  ## lint, types and every test that needs neither a GPU nor several processes
-	$(PY) -m pytest -n auto --dist loadfile
+test: $(STAMP) lint types check-memory  ## lint, types, memory, and every test that needs neither a GPU nor several processes
+	$(PY) -m pytest -n auto --dist loadfile --durations=20 --durations-min=15
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(PY) -m ruff check .
@@ -30,6 +30,15 @@ lint: $(STAMP)  ## ruff: rules and format
 
 types: $(STAMP)  ## mypy on memadvise/
 	$(PY) -m mypy
+
+# The project's own memory check: what its examples take, byte for byte, as committed in memadvise.baseline.json.
+EXAMPLES := examples/gpt_text.py examples/vit_digits.py examples/cnn_digits.py examples/llama_hf.py
+
+check-memory: $(STAMP)  ## the memory of every example against memadvise.baseline.json
+	$(PY) -m memadvise check $(EXAMPLES) --strict --no-progress
+
+update-baseline: $(STAMP)  ## write what the examples take now into memadvise.baseline.json
+	$(PY) -m memadvise check $(EXAMPLES) --update-baseline --no-progress
 
 bench: $(STAMP)  ## every benchmark of benchmarks/; each prints one table
 	@set -e; for b in benchmarks/*.py; do [ -e "$$b" ] || { echo "benchmarks/ holds no benchmark"; break; }; echo "== $$b"; $(PY) "$$b"; done

@@ -3,8 +3,10 @@
     python benchmarks/estimate_accuracy.py [--quick] [--few] [--device cpu|cuda]
 
 On the CPU the measurement is that of torch's allocator events (memadvise.memory.measure). On CUDA it is
-torch.cuda.max_memory_allocated() of the third step, without what stays allocated when the model is gone (workspaces of
-cuBLAS); there the workloads run enlarged, so that a step takes hundreds of MiB. Rows are printed as they come.
+torch.cuda.max_memory_allocated() of the third step; there the workloads run enlarged, so that a step takes hundreds of
+MiB. Rows are printed as they come. A second table lays the estimates of others beside ours for plain AdamW: torch's
+MemTracker, torchinfo and accelerate, which are left out where they are not installed (pip install torchinfo
+accelerate).
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ from pathlib import Path
 
 import torch
 from bench_support.cuda import measure_cuda
+from bench_support.estimators import PEERS, peer_estimate
 from bench_support.output import MIB, Rows, machine
-from bench_support.workloads import OPTIMIZERS, Workload, examples, llama_bf16, make_optimizer, switches
+from bench_support.workloads import OPTIMIZERS, Workload, examples, families, llama_bf16, make_optimizer, switches
 
+from memadvise.memory.architecture import local_device
 from memadvise.memory.estimate import estimate
 from memadvise.memory.measure import measure_cpu
 from memadvise.memory.trace import MakeOptimizer
@@ -41,6 +45,7 @@ COLUMNS = (
     "est. s",
     "meas. s",
 )
+PEER_COLUMNS = ("device", "workload", "measured MiB", "memadvise", *PEERS)
 Case = tuple[str, MakeOptimizer, str, Switches]
 
 
@@ -60,14 +65,15 @@ def compare(workload: Workload, device: str, *, few: bool) -> Iterator[tuple[lis
     built = built_once(target)
     for optimizer, make, name, change in cases(target, device, few=few):
         start = time.perf_counter()
-        predicted = estimate(target, device=device, optimizer=make, switches=change).peak_bytes
+        assumed = local_device() if device == "cuda" and torch.cuda.is_available() else device
+        predicted = estimate(target, device=assumed, optimizer=make, switches=change).peak_bytes
         estimated = time.perf_counter()
         row: list[object] = [device, workload.name, optimizer, name, predicted / MIB]
         if device == "cuda" and not torch.cuda.is_available():
             yield [*row, "not measured", "", estimated - start, ""], None
             continue
         measured = (
-            measure_cuda(built, optimizer=make, switches=change).peak_bytes
+            measure_cuda(built, optimizer=make, switches=change).allocated_bytes
             if device == "cuda"
             else measure_cpu(built, optimizer=make, switches=change).peak_bytes
         )
@@ -77,16 +83,19 @@ def compare(workload: Workload, device: str, *, few: bool) -> Iterator[tuple[lis
         gc.collect()
 
 
+def beside_peers(workload: Workload, device: str, measured: float) -> list[object]:
+    """Ours and everybody else's error for plain AdamW, in per cent of what was measured (MiB)."""
+    row: list[object] = [device, workload.name, measured]
+    mine = estimate(workload.make(), device=local_device() if device == "cuda" else device)
+    for found in (mine.peak_bytes, *(peer_estimate(name, workload.make()) for name in PEERS)):
+        row.append(found if isinstance(found, str) else f"{100 * (found / MIB / measured - 1):+.1f} %")
+    return row
+
+
 def built_once(target: Target) -> Target:
     """``target`` with a model that is made once and copied: random weights take longer than the steps do."""
-    made: list[torch.nn.Module] = []
-
-    def build_model() -> torch.nn.Module:
-        if not made:
-            made.append(target.build_model())
-        return copy.deepcopy(made[0])
-
-    return dataclasses.replace(target, build_model=build_model)
+    made = target.build_model()  # now: what is made while it is measured is counted
+    return dataclasses.replace(target, build_model=lambda: copy.deepcopy(made))
 
 
 def summary(device: str, errors: list[float]) -> str:
@@ -108,18 +117,25 @@ def main() -> None:
     print(machine(), end="\n\n")
     table = Rows(COLUMNS, (6, 22, 18, 15))
     table.start()
-    sentences = []
+    sentences, plain = [], []
     with tempfile.TemporaryDirectory() as folder:
         for device in [options.device] if options.device else ["cpu", "cuda"]:
             large = device == "cuda" and torch.cuda.is_available()
-            workloads = [*examples(large=large), llama_bf16(Path(folder), large=large)]
+            workloads = [*families(large=large), *examples(large=large), llama_bf16(Path(folder), large=large)]
             errors = []
             for workload in workloads[-2:] if options.quick else workloads:
-                for row, error in compare(workload, device, few=options.quick or options.few):
+                for number, (row, error) in enumerate(compare(workload, device, few=options.quick or options.few)):
                     table.add(row)
                     errors += [error] if error is not None else []
+                    if number == 0 and isinstance(row[5], float):  # torch's AdamW as a user gets it, no switch
+                        plain.append((workload, device, row[5]))
             sentences.append(summary(device, errors))
-    print(*sentences, sep="\n")
+        print(*sentences, sep="\n")
+        print("\nerrors of the estimated peak, torch.optim.AdamW without switches")
+        peers = Rows(PEER_COLUMNS, (6, 22, 12, 9, 12, 12, 12))
+        peers.start()
+        for case in plain:
+            peers.add(beside_peers(*case))
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ run gpu_step_time 110 "$PYTHON" benchmarks/step_time.py --device cuda --no-peers
 run gpu_step_time_bf16 60 "$PYTHON" benchmarks/step_time.py --device cuda --no-peers --dtype bfloat16 --seconds 35 --only '!chunked'
 
 run gpu_estimate_accuracy 80 "$PYTHON" benchmarks/estimate_accuracy.py --device cuda --few
+run gpu_allocator 60 "$PYTHON" benchmarks/record_allocator.py --write "$FOLDER/allocator"
 run gpu_shadow_cost 25 "$PYTHON" benchmarks/shadow_cost.py --device cuda
 run gpu_scaling 50 "$PYTHON" benchmarks/scaling.py --device cuda --seconds 30
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from memadvise.batches import split_batch
     from memadvise.optim.create import create_optimizer
     from memadvise.plan.load import load_plan
-    from memadvise.switches import apply_checkpoint, split_batch
+    from memadvise.switches import apply_checkpoint
     from memadvise.target import Target, load_target
 
 _LAZY = {
@@ -22,7 +23,7 @@ _LAZY = {
     "load_plan": "memadvise.plan.load",
     "create_optimizer": "memadvise.optim.create",
     "apply_checkpoint": "memadvise.switches",
-    "split_batch": "memadvise.switches",
+    "split_batch": "memadvise.batches",
 }
 
 __all__ = ["Target", "__version__", "apply_checkpoint", "create_optimizer", "load_plan", "load_target", "split_batch"]

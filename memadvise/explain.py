@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from memadvise.optim.optimizer import MemadviseOptimizer
+    from memadvise.optim.release import ReleasedOptimizer
 
 _NARROW = ("stochastic", "ecc8", "ecc16")  # forms of weights that float32 cannot have
 _PIECE = re.compile(r"\[(.)\]|\*")  # of a pattern: a character that stands for itself, or any number
@@ -113,7 +114,7 @@ def _of_target(plan: Plan, spec: str, device: str) -> Explanation:
         return Explanation(device, tuple(rows), (f"parameters are those of {spec}",))
 
 
-def _rows(plan: Plan, optimizer: MemadviseOptimizer) -> tuple[ExplainedParameter, ...]:
+def _rows(plan: Plan, optimizer: MemadviseOptimizer | ReleasedOptimizer) -> tuple[ExplainedParameter, ...]:
     from memadvise.optim.create import deciding_rules
 
     memory = optimizer.memory()

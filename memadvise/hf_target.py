@@ -20,6 +20,8 @@ from memadvise.target import Target, require
 if TYPE_CHECKING:
     import torch
 
+    _Maker = Callable[[torch.Generator], dict[str, torch.Tensor]]
+
 DTYPES = ("bfloat16", "float16", "float32")
 DEFAULT_SEQ_LEN = 2048
 _DEFAULT_IMAGE_SIZE = 224  # of configurations that name none (ResNet, ConvNeXt)
@@ -68,7 +70,11 @@ def hf_target(spec: str, *, batch_size: int = 1, seq_len: int | None = None, dty
     require("transformers", "hf")
     config = _config(path, raw)
     task, model_class = _model_class(path, config)
-    make_batch = _batch_maker(path, config, task, batch_size, seq_len, dtype)
+    if task == "image":
+        if seq_len is not None:
+            raise UsageError(f"{path} is an image model, which takes no seq_len", hint="leave it out")
+    else:
+        seq_len = _sequence_length(path, config.get_text_config(), seq_len)
 
     def build_model() -> torch.nn.Module:
         import torch
@@ -83,13 +89,21 @@ def hf_target(spec: str, *, batch_size: int = 1, seq_len: int | None = None, dty
                     hint="compare the sizes in the configuration with a published one of the same model type",
                 ) from error
 
-    def build_batches() -> Iterator[dict[str, torch.Tensor]]:
+    def batches(make_batch: _Maker) -> Iterator[dict[str, torch.Tensor]]:
         import torch
 
         generator = torch.Generator().manual_seed(0)
         while True:
             yield make_batch(generator)
 
+    def of_images(batch_size: int = batch_size) -> Iterator[dict[str, torch.Tensor]]:
+        return batches(_image_maker(config, batch_size, dtype))
+
+    def of_tokens(batch_size: int = batch_size, seq_len: int | None = seq_len) -> Iterator[dict[str, torch.Tensor]]:
+        length = _sequence_length(path, config.get_text_config(), seq_len)
+        return batches(_token_maker(config, task, batch_size, length))
+
+    build_batches = of_images if task == "image" else of_tokens
     return Target(build_model=build_model, build_batches=build_batches, spec=spec, path=path)
 
 
@@ -188,16 +202,8 @@ def _default_dtype(dtype: str) -> Iterator[None]:
 # ---------------------------------------------------------------- batches
 
 
-def _batch_maker(
-    path: Path, config: Any, task: str, batch_size: int, seq_len: int | None, dtype: str
-) -> Callable[[torch.Generator], dict[str, torch.Tensor]]:
-    if task == "image":
-        if seq_len is not None:
-            raise UsageError(f"{path} is an image model, which takes no seq_len", hint="leave it out")
-        return _image_maker(config, batch_size, dtype)
-    text = config.get_text_config()
-    vocab_size, num_labels = text.vocab_size, getattr(config, "num_labels", 2)
-    length = _sequence_length(path, text, seq_len)
+def _token_maker(config: Any, task: str, batch_size: int, length: int) -> _Maker:
+    vocab_size, num_labels = config.get_text_config().vocab_size, getattr(config, "num_labels", 2)
 
     def make(generator: torch.Generator) -> dict[str, torch.Tensor]:
         import torch
@@ -219,7 +225,7 @@ def _batch_maker(
     return make
 
 
-def _image_maker(config: Any, batch_size: int, dtype: str) -> Callable[[torch.Generator], dict[str, torch.Tensor]]:
+def _image_maker(config: Any, batch_size: int, dtype: str) -> _Maker:
     size = getattr(config, "image_size", None) or _DEFAULT_IMAGE_SIZE
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     shape = (batch_size, getattr(config, "num_channels", 3), height, width)

@@ -18,9 +18,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from memadvise.errors import FileFormatError, UsageError
+from memadvise.plan.schema import Switches
 
-SCHEMA_VERSION = 1
-CATEGORIES = ("weights", "gradients", "optimizer_state", "activations", "temporaries", "buffers", "inputs", "workspace")
+SCHEMA_VERSION = 2
+ESTIMATOR_VERSION = 1  # raised whenever the same target gives other bytes: baselines are not comparable across it
+CATEGORIES = (
+    "weights", "gradients", "optimizer_state", "activations", "temporaries", "buffers", "inputs", "workspace",
+    "unsharded_weights", "unsharded_gradients", "prefetched_weights", "gradient_buckets",
+)  # fmt: skip
 PHASES = ("forward", "backward", "step")
 
 
@@ -66,11 +71,12 @@ class Parameter:
 
 @dataclass(frozen=True)
 class PhasePeak:
-    """The highest live bytes while a phase ran, and what they were."""
+    """The highest live bytes while a phase ran, and what they were; ``by_module`` is module -> category -> bytes."""
 
     phase: str
     peak_bytes: int
     by_category: dict[str, int]
+    by_module: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,53 @@ class LiveTensor:
     op: str
     phase: str
     where: str | None = None
+    dtype: str = ""
+
+
+@dataclass(frozen=True)
+class LiveGroup:
+    """Storages alive at the peak that are alike: ``count`` of them, ``num_bytes`` together.
+
+    ``op`` made them (``""``: they were there before); ``dtype`` is that of the tensor first seen on them, if known.
+    """
+
+    category: str
+    module: str
+    op: str
+    dtype: str
+    where: str | None
+    count: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """What the CUDA caching allocator takes from the device, simulated by replaying every traced event in it.
+
+    Attributes:
+        settings: "default", or as in ``PYTORCH_CUDA_ALLOC_CONF``: "expandable_segments:True".
+        peak_reserved_bytes: the highest ``torch.cuda.memory_reserved`` from the first tensor of the model on.
+        peak_allocated_bytes: ``torch.cuda.max_memory_allocated`` of the steady step. Above ``peak_bytes`` by the rests
+            of blocks that are too small to be split off.
+        num_segments: pieces of device memory held at the end.
+        num_steps: how many training steps that is over; 0 if not known.
+    """
+
+    settings: str
+    peak_reserved_bytes: int
+    peak_allocated_bytes: int
+    num_segments: int
+    num_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Memory of the device that no tensor of the step accounts for, as a range; ``source`` says where it comes from."""
+
+    name: str
+    low_bytes: int
+    high_bytes: int
+    source: str
 
 
 @dataclass(frozen=True)
@@ -90,10 +143,15 @@ class MemoryLedger:
     """Where the bytes of one steady training step go.
 
     ``by_category`` and ``by_module`` (module -> category -> bytes) describe the moment of the peak and each add up
-    to ``peak_bytes``. ``timeline`` is (event number, live bytes), thinned but keeping the maxima.
+    to ``peak_bytes``; so does each of ``phases`` for its own. ``timeline`` is (event number, live bytes), thinned but
+    keeping the maxima. ``live_groups`` is everything alive at the peak, largest first; ``live_at_peak`` its largest
+    single storages. ``batch`` has dtype and shape of every tensor of the step's batch, such as ``int64[8, 64]``.
+    ``reserved`` and ``overhead`` are of CUDA only; the first of ``reserved`` has the allocator's default settings.
+    ``assumed`` is what was taken for granted of the device, by the names of ``--assume``: enough to trace again in the
+    same way.
     """
 
-    source: str  # "estimate" or "measure"
+    source: str  # "estimate", "measure", or a bound: "bound" is no less, "lower bound" no more than the step takes
     device: str
     optimizer: str
     micro_batches: int
@@ -109,6 +167,33 @@ class MemoryLedger:
     num_events: int
     assumptions: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    reserved: tuple[Reservation, ...] = ()
+    overhead: tuple[Overhead, ...] = ()
+    live_groups: tuple[LiveGroup, ...] = ()
+    batch: tuple[str, ...] = ()
+    assumed: dict[str, str] = field(default_factory=dict)
+    gradient_release: bool = False
+    weights: str | None = None  # the form that switches.weights asked for
+    sharding: str = ""  # "fsdp2 x 8": what rank 0 of so many holds
+    on_real: bool = False  # an estimate whose steps were run on real tensors, as fake ones could not go on
+
+    @property
+    def switches(self) -> Switches:
+        """The switches it was traced or measured under."""
+        return Switches(self.micro_batches, self.checkpoint, self.gradient_release, self.weights)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Device memory below which the step cannot run: its live bytes at the peak and the least overhead. The
+        allocator gives back what it caches before it gives up, so fragmentation only counts in part.
+        """
+        return self.peak_bytes + sum(line.low_bytes for line in self.overhead)
+
+    @property
+    def comfortable_bytes(self) -> int:
+        """Device memory with which the allocator, at default settings, never has to give anything back."""
+        reserved = self.reserved[0].peak_reserved_bytes if self.reserved else self.peak_bytes
+        return max(reserved, self.peak_bytes) + sum(line.high_bytes for line in self.overhead)
 
     def phase(self, name: str) -> PhasePeak:
         """The record of one phase; KeyError if that phase never ran."""
@@ -136,12 +221,22 @@ class SnrValue:
 class FidelityValue:
     """What one candidate would do to AdamW's update of one tensor, averaged over the recorded steps.
 
-    ``abs_d1`` = 1/2 sum (u_c - u)^2 sqrt(v_hat): the update error in Adam's own metric, learning rate factored out.
+    ``abs_d1`` = 1/2 sum (u_c - u)^2 sqrt(v_hat): the update error in Adam's own metric, learning rate factored out; it
+    ranks candidates that keep the momentum, and nothing else. For those that drop it there are, over windows of 24
+    steps, ``displacement_ratio`` = ||sum u_c|| / ||sum u||; ``lr_multiplier``, its inverse: the factor on the learning
+    rate with which the candidate moves the weights as far as AdamW; and ``abs_d24`` = 1/2 sum (x_c - x)^2 sqrt(v_hat)
+    with x = (sum u) / 24 and the candidate's taken times that factor. None: not measured, as where steps were too few.
+
+    ``half_scores``: the mean of ``abs_d1`` over the first and over the second half of the recorded steps.
     """
 
     candidate: str
     abs_d1: float
     one_minus_cos: float
+    abs_d24: float | None = None
+    displacement_ratio: float | None = None
+    lr_multiplier: float | None = None
+    half_scores: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -158,13 +253,26 @@ class HessianValue:
 
 @dataclass(frozen=True)
 class ParameterProbe:
-    """Everything measured for one parameter; empty tuples mean not measured, ``unknown`` says why."""
+    """Everything measured for one parameter; empty tuples mean not measured, ``unknown`` says why.
+
+    ``snr_axes``: what the probe's SNR rule averages the second moment over, None to keep it dense. ``partition``: the
+    blocks that share a second moment by the Hessian's structure ("head", "row", "column", "head_column"), or the static
+    prior; ``partition_evidence`` says which of the two it was, and ``partition_measured`` is True for the first.
+    ``sampled``: how many elements stood for the whole tensor in the shadows, None for all of them. ``num_recorded``:
+    recorded steps behind ``fidelity``; fewer than the probe's where it ended early.
+    """
 
     name: str
     snr: tuple[SnrValue, ...] = ()
     fidelity: tuple[FidelityValue, ...] = ()
     hessian: tuple[HessianValue, ...] = ()
     unknown: str | None = None
+    snr_axes: tuple[int, ...] | None = None
+    partition: str | None = None
+    partition_evidence: str | None = None
+    partition_measured: bool = False
+    sampled: int | None = None
+    num_recorded: int = 0
 
 
 @dataclass(frozen=True)
@@ -184,7 +292,15 @@ class OptimizerRun:
 
 @dataclass(frozen=True)
 class ProbeLedger:
-    """Statistics of the short probe runs."""
+    """Statistics of the short probe runs.
+
+    ``shadow_bytes``: most bytes that shadow optimizers held at once, at most ``shadow_limit_bytes``; ``passes``: how
+    often the run was repeated from its start to stay below that. ``rank_agreement``: Spearman's correlation of the
+    candidates' scores in the two halves of the window, None where there are too few; ``checkpoint``: the file whose
+    weights and moments the probe started from. ``complete``: False where Ctrl-C ended it (``scan --resume`` goes on,
+    with the same ``options``).
+    ``notes``: what was done, in sentences; ``warnings``: what makes the numbers doubtful.
+    """
 
     num_steps: int
     recorded_steps: tuple[int, ...]
@@ -193,11 +309,24 @@ class ProbeLedger:
     parameters: tuple[ParameterProbe, ...]
     runs: tuple[OptimizerRun, ...]
     warnings: tuple[str, ...] = ()
+    shadow_bytes: int = 0
+    shadow_limit_bytes: int = 0
+    passes: int = 0
+    rank_agreement: float | None = None
+    snr_rule: str = "cutoff"
+    checkpoint: str | None = None
+    complete: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Scan:
-    """A scan file. ``memory`` holds one ledger per what-if traced; the first is the target as it stands, with AdamW."""
+    """A scan file. ``memory`` holds one ledger per what-if traced; the first is the target as it stands, with AdamW.
+
+    ``measured`` is the same step run for real, ``compiled`` the bound for the same step under ``torch.compile``, and
+    ``asked`` the step under the switches that the scan was asked for.
+    """
 
     target: str
     target_sha256: str | None
@@ -207,6 +336,9 @@ class Scan:
     memory: tuple[MemoryLedger, ...]
     probe: ProbeLedger | None = None
     target_options: dict[str, Any] = field(default_factory=dict)
+    measured: MemoryLedger | None = None
+    compiled: MemoryLedger | None = None
+    asked: MemoryLedger | None = None
     schema_version: int = SCHEMA_VERSION
 
 
@@ -292,18 +424,19 @@ def load_scan(path: str | Path) -> Scan:
     return from_dict(Scan, value, str(path))
 
 
-def write_whole(path: str | Path, text: str, *, force: bool = True) -> None:
+def write_whole(path: str | Path, text: str, *, force: bool = True, flag: str = "-o") -> None:
     """Write a file whole or not at all: a temporary name in the same folder, flushed, then renamed.
 
-    Its permissions are those of the file it replaces, or those any new file would get.
+    Its permissions are those of the file it replaces, or those any new file would get. ``flag`` is the option with
+    which the user names another file.
 
     Raises:
         UsageError: the file exists and ``force`` is False, it is no regular file, or the folder cannot be written.
     """
     path = Path(path)
-    check_regular(path)
+    check_regular(path, flag=flag)
     if not force and path.exists():
-        raise UsageError(f"{path} exists already", hint="give another name with -o, or --force to replace it")
+        raise UsageError(f"{path} exists already", hint=f"give another name with {flag}, or --force to replace it")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "x", encoding="utf-8") as handle:
@@ -316,14 +449,14 @@ def write_whole(path: str | Path, text: str, *, force: bool = True) -> None:
     except OSError as error:
         raise UsageError(
             f"cannot write {path}: {error.strerror}; what was there before is untouched",
-            hint="give a writable file with -o",
+            hint=f"give a writable file with {flag}",
         ) from error
     finally:
         with contextlib.suppress(OSError):  # renamed, or never made
             temporary.unlink()
 
 
-def check_regular(path: Path) -> None:
+def check_regular(path: Path, *, flag: str = "-o") -> None:
     """Renaming over a device or a pipe would destroy it, and reading one need not end.
 
     Raises:
@@ -331,5 +464,5 @@ def check_regular(path: Path) -> None:
     """
     if path.exists() and not path.is_file():
         raise UsageError(
-            f"{path} is not a regular file", hint="name a file with -o; --format json prints the result on stdout"
+            f"{path} is not a regular file", hint=f"name a file with {flag}; --format json prints the result on stdout"
         )

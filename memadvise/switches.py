@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from memadvise.batches import split_batch
 from memadvise.errors import UsageError
 from memadvise.names import canonical_name, matches, repeat_pattern
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from memadvise.target import Target
@@ -109,31 +109,6 @@ def _frozen_running_stats(module: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
-def batch_size(batch: Any) -> int | None:
-    """The common first dimension of the batch's tensors; None when there is none."""
-    sizes = {t.shape[0] if t.ndim else None for t in _tensors(batch)}
-    return sizes.pop() if len(sizes) == 1 else None
-
-
-def split_batch(batch: Any, parts: int) -> list[Any]:
-    """Split every tensor of ``batch`` in ``parts`` equal slices along its first dimension (views, no copies).
-
-    Raises:
-        UsageError: the tensors have no common first dimension, or ``parts`` does not divide it.
-    """
-    if parts == 1:
-        return [batch]
-    size = batch_size(batch)
-    if size is None or size % parts:
-        raise UsageError(
-            f"a batch of {size if size is not None else 'tensors without a common first dimension'}"
-            f"{' samples' if size is not None else ''} cannot be split in {parts} equal micro-batches",
-            hint="use a number of micro-batches that divides the batch size",
-        )
-    step = size // parts
-    return [_slice(batch, i * step, (i + 1) * step) for i in range(parts)]
-
-
 def train_step(target: Target, model: Any, batch: Any, optimizer: Any, *, micro_batches: int = 1) -> Any:
     """One training step of ``target``, its batch split in ``micro_batches`` parts whose gradients accumulate.
 
@@ -165,28 +140,3 @@ def train_step(target: Target, model: Any, batch: Any, optimizer: Any, *, micro_
         del loss
     target.optimizer_step(model, optimizer)
     return total
-
-
-def _tensors(batch: Any) -> list[torch.Tensor]:
-    import torch
-
-    if isinstance(batch, torch.Tensor):
-        return [batch]
-    if isinstance(batch, Mapping):
-        return [t for value in batch.values() for t in _tensors(value)]
-    if isinstance(batch, tuple | list):
-        return [t for value in batch for t in _tensors(value)]
-    return []
-
-
-def _slice(batch: Any, start: int, stop: int) -> Any:
-    import torch
-
-    if isinstance(batch, torch.Tensor):
-        return batch[start:stop]
-    if isinstance(batch, Mapping):
-        return {key: _slice(value, start, stop) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        parts = [_slice(value, start, stop) for value in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    return batch

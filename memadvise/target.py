@@ -17,16 +17,25 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memadvise.batches import SIZES, with_sizes
 from memadvise.errors import EnvironmentProblem, Mark, MemadviseError, TargetError, TargetRaised
 
 if TYPE_CHECKING:
     import torch
 
 STUB_HINT = "write a commented starting point with: memadvise init model.py"
+_NO_CUDA = (
+    *("not compiled with CUDA", "requires CUDA", "without CUDA support", "CUDA generator", "No CUDA GPUs"),
+    "not linked with support for cuda",
+)
+_CUDA_HINT = (
+    "it asks for CUDA, and here is none: a trace for --device cuda stands in for it, --device cpu and the probe do "
+    "not; leave the device to memadvise, or ask torch.cuda.is_available()"
+)
 _FUNCTIONS = ("build_model", "build_batches", "compute_loss", "train_step")
 
 
@@ -43,6 +52,10 @@ class Target:
             ``optimizer.step()`` and ``optimizer.zero_grad()``. Default: loss, backward, step, zero_grad.
         spec: how the user named the target, for messages and the scan file.
         path: the file behind it, if there is one.
+        assumptions: what was changed of the user's own, to be said with every number.
+
+    A ``build_batches`` with keywords ``batch_size`` or ``seq_len`` (which have defaults) is asked for other sizes by
+    them; see :mod:`memadvise.batches` for what happens without.
     """
 
     build_model: Callable[[], torch.nn.Module]
@@ -51,6 +64,16 @@ class Target:
     train_step: Callable[[Any, Any, Any], Any] | None = None
     spec: str = "<target>"
     path: Path | None = None
+    assumptions: tuple[str, ...] = ()
+
+    def sized(self, **sizes: int) -> Target:
+        """The same target with batches of another ``batch_size`` or ``seq_len``.
+
+        Raises:
+            TargetError: a ``seq_len``, and ``build_batches`` has no such keyword.
+        """
+        build_batches, assumed = with_sizes(self.build_batches, sizes, self.spec)
+        return replace(self, build_batches=build_batches, assumptions=(*self.assumptions, *assumed))
 
     def model(self) -> torch.nn.Module:
         """Build the model, in training mode.
@@ -207,7 +230,8 @@ def user_code(what: str, path: Path | None = None, called: Mark | None = None) -
             if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
                 raise
             message = f"{what} raised {type(error).__name__}: {str(error).strip() or '(no message)'}"
-            raise TargetRaised(message, where=_where(error, path) or called) from error
+            hint = _CUDA_HINT if any(words in str(error) for words in _NO_CUDA) else None
+            raise TargetRaised(message, where=_where(error, path) or called, hint=hint) from error
 
 
 @contextlib.contextmanager
@@ -269,8 +293,8 @@ def load_target(spec: str, *, options: Mapping[str, Any] | None = None) -> Targe
     """Load ``file.py``, ``file.py:name``, ``package.module:name`` or ``hf:DIR_OR_CONFIG_JSON``.
 
     A plain file offers functions ``build_model()``, ``build_batches()`` and optionally ``compute_loss`` and
-    ``train_step``; a ``name`` is a Target or a callable that returns one. ``options`` (batch_size, seq_len, dtype)
-    are for ``hf:`` targets.
+    ``train_step``; a ``name`` is a Target or a callable that returns one. Of ``options``, ``batch_size`` and
+    ``seq_len`` ask for batches of other sizes (:meth:`Target.sized`); ``dtype`` is for ``hf:`` targets.
 
     Raises:
         TargetError: it cannot be found or lacks something. TargetRaised: its code raised.
@@ -279,11 +303,16 @@ def load_target(spec: str, *, options: Mapping[str, Any] | None = None) -> Targe
         from memadvise.hf_target import hf_target
 
         return hf_target(spec, **dict(options or {}))
-    if options:
+    sizes = dict(options or {})
+    if others := sorted(sizes.keys() - set(SIZES)):
         raise TargetError(
-            f"{', '.join(sorted(options))}: these options are for hf: targets only",
-            hint=f"{spec} builds its own batches; change them there",
+            f"{', '.join(others)}: for hf: targets only", hint=f"{spec} builds its own model; change it there"
         )
+    target = _load_python(spec)
+    return target.sized(**sizes) if sizes else target
+
+
+def _load_python(spec: str) -> Target:
     path: Path | None
     location, _, name = spec.partition(":")
     if location.endswith(".py") or os.sep in location:
@@ -367,8 +396,6 @@ def _from_name(module: Any, name: str, spec: str, path: Path | None) -> Target:
             f"{spec} is {_kind(value)}, not a memadvise.Target",
             hint="return memadvise.Target(build_model=..., build_batches=...)",
         )
-    from dataclasses import replace
-
     return replace(value, spec=spec, path=path)
 
 

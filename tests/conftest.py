@@ -63,10 +63,16 @@ def make_memory(
         for category, size in categories.items():
             by_category[category] = by_category.get(category, 0) + size
     peak = sum(by_category.values())
-    phases = tuple(
-        ledger.PhasePeak(name, peak - less, {**by_category, "activations": by_category["activations"] - less})
-        for name, less in (("forward", 20 * MIB), ("backward", 0), ("step", activations // 2))
-    )
+
+    def phase(name: str, less: int) -> ledger.PhasePeak:
+        """``less`` of the activations of attention are not there yet, or not any more."""
+        modules = {module: dict(categories) for module, categories in by_module.items()}
+        for i in range(4):
+            modules[f"transformer.h.{i}.attn"]["activations"] -= less // 4
+        categories = {**by_category, "activations": by_category["activations"] - less // 4 * 4}
+        return ledger.PhasePeak(name, peak - less // 4 * 4, categories, modules)
+
+    phases = (phase("forward", 20 * MIB), phase("backward", 0), phase("step", activations // 2))
     live = tuple(
         ledger.LiveTensor(size * MIB, kind, module, op, phase, where)
         for size, kind, module, op, phase, where in (
@@ -93,6 +99,11 @@ def make_memory(
         num_events=121,
         assumptions=("attention runs as scaled_dot_product_attention with the flash kernel",),
         warnings=("one operator has no fake implementation",) if micro_batches > 1 else (),
+        reserved=(
+            ledger.Reservation("default", peak + 150 * MIB, peak + 2 * MIB, 91),
+            ledger.Reservation("expandable_segments:True", peak + 30 * MIB, peak, 2),
+        ),
+        overhead=(ledger.Overhead("CUDA context and loaded kernels", 250 * MIB, 750 * MIB, "not measured here"),),
     )
 
 
@@ -129,11 +140,17 @@ def make_scan(*, probe: bool = True) -> ledger.Scan:
                 ledger.SnrValue((1,), 4.0 + number, 3.0, 0.2),
                 ledger.SnrValue((0, 1), None, None, None),
             ),
-            fidelity=(ledger.FidelityValue("slimadam(axes=[1])", 0.5, 0.01),),
+            fidelity=(ledger.FidelityValue("adamw", 0.0, 0.0), ledger.FidelityValue("slimadam(axes=[1])", 0.5, 0.01)),
             hessian=(
                 ledger.HessianValue("row", 0.75, 0.03, 0.1, "gradient-covariance", 64),
                 ledger.HessianValue("whole", 0.125, 0.04, 0.1, "gradient-covariance", 64),
             ),
+            snr_axes=(1,),
+            partition="row",
+            partition_evidence="row 0.75 +- 0.03 by gradient covariance, clear; whole 0.12 +- 0.04",
+            partition_measured=True,
+            sampled=16384 if number == 0 else None,
+            num_recorded=2,
         )
 
     return ledger.Scan(
@@ -160,7 +177,12 @@ def make_scan(*, probe: bool = True) -> ledger.Scan:
                     "sgd", {"momentum": 0.9}, 0.1, 3, 5.5, None, 400 * MIB, None, "the loss became NaN"
                 ),
             ),
-            warnings=("only 2 batches: they were repeated",),
+            warnings=("the loss did not fall",),
+            shadow_bytes=MIB,
+            shadow_limit_bytes=4096 * MIB,
+            passes=1,
+            rank_agreement=0.9875,
+            notes=("build_batches() ended after 2: they were repeated",),
         )
         if probe
         else None,
@@ -178,6 +200,9 @@ class SampleChoice:
     expected_harm: float | None
     reason: str
     weight_bytes_saved: int = 0
+    confidence: str = "high"
+    runners_up: tuple[str, ...] = ()
+    lr_factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -219,7 +244,8 @@ def make_recommendation(*, needed: bool = True, budget_bytes: int = 1700 * MIB) 
             SampleChoice("transformer.wte.weight", "tied_embedding", 1, "adamw", 512 * 1024, 512 * 1024, None, "kept"),
             SampleChoice(
                 "transformer.h.*.mlp.c_fc.weight", "mlp_up", 4, "slimadam(axes=[1])", 800 * MIB, 401 * MIB, 0.0125,
-                "SNR 6 along fan_in",
+                "SNR 6 along fan_in", confidence="fairly high",
+                runners_up=("adafactor(momentum=0.9) (1.2 x the error)",),
             ),
         ),
         solver_note="optimal",

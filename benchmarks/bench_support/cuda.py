@@ -25,20 +25,15 @@ class CudaPeak:
     """Bytes of one steady step.
 
     Args:
-        allocated_bytes: ``torch.cuda.max_memory_allocated()`` of the step.
+        allocated_bytes: ``torch.cuda.max_memory_allocated()`` of the step: what the estimate predicts.
         requested_bytes: the same without rounding and without what large blocks have to spare.
         fixed_bytes: still allocated when model, optimizer and batch are gone: workspaces of cuBLAS, one for each
-            thread that multiplied matrices, which the estimate leaves out and says so.
+            thread that multiplied matrices.
     """
 
     allocated_bytes: int
     requested_bytes: int
     fixed_bytes: int
-
-    @property
-    def peak_bytes(self) -> int:
-        """What the estimate predicts: the allocated peak without the fixed part."""
-        return self.allocated_bytes - self.fixed_bytes
 
 
 def measure_cuda(
@@ -53,6 +48,8 @@ def measure_cuda(
     As in the estimate, the batch of the step is on the device for the whole step, and no other.
     """
     gc.collect()
+    if device == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()  # those of what ran before: the estimate is of a process of its own
     with random_state_kept(), garbage_collection_paused():
         allocated, requested = _run(target, optimizer or default_optimizer, switches, device)
     gc.collect()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memadvise.batches import batch_size
 from memadvise.hf_target import hf_target
 from memadvise.memory.session import fake_session
 from memadvise.memory.trace import MakeOptimizer
@@ -19,7 +21,7 @@ from memadvise.optim.create import create_optimizer
 from memadvise.plan.schema import Plan, Setting, Switches
 from memadvise.roles import describe_parameters
 from memadvise.scan import probe_methods
-from memadvise.switches import batch_size, checkpoint_patterns
+from memadvise.switches import checkpoint_patterns
 from memadvise.target import Target, load_target
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -58,6 +60,18 @@ LLAMA_7B = {
     "vocab_size": 32000,
     "max_position_embeddings": 4096,
 }
+LLAMA_70B = {
+    **LLAMA_7B,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}
+
+
+FAMILIES = Path(__file__).with_name("families")
+_FAMILY_WIDTH = 512  # enlarged
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,21 @@ def examples(*, large: bool = False) -> Iterator[Workload]:
             continue
         name = path.stem + (" (large)" if large else "")
         yield Workload(name, partial(_example, path, LARGE[path.stem] if large else {}))
+
+
+def families(*, large: bool = False) -> Iterator[Workload]:
+    """The small models of families/: beside transformers an encoder, a ResNet, an LSTM and a graph network."""
+    for path in sorted(FAMILIES.glob("*.py")):
+        if "def build_model" in path.read_text(encoding="utf-8"):
+            name = f"family {path.stem}" + (" (large)" if large else "")
+            yield Workload(name, partial(_family, path, _FAMILY_WIDTH if large else None))
+
+
+def _family(path: Path, width: int | None) -> Target:
+    os.environ.pop("MEMADVISE_WIDTH", None)
+    if width is not None:
+        os.environ["MEMADVISE_WIDTH"] = str(width)
+    return load_target(str(path))
 
 
 def _example(path: Path, constants: dict[str, Any]) -> Target:

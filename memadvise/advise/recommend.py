@@ -1,4 +1,4 @@
-"""From a scan and a budget to a plan: switches outside, knapsack inside, the peak traced again at the end.
+"""From a scan and a budget to a plan: the ladder chooses, the peak is traced again at the end.
 
 A state's bytes are alive from the first step on, in every phase. So for one combination of switches the peak of a plan
 is the largest over the phases of (that phase's bytes without optimizer state) + (the plan's state); the knapsack gets
@@ -9,29 +9,59 @@ smallest plan of all is traced: its peak is what the answer names, so a budget o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from memadvise.advise.candidates import DENSE, Group, candidate_settings, make_groups
-from memadvise.advise.harm import Harm, HarmTable
-from memadvise.advise.solver import Option, Solution, solve
-from memadvise.errors import Infeasible, UsageError
+from memadvise.advise.candidates import Group, candidate_settings, confidence, make_groups, tier
+from memadvise.advise.choose import OBJECTIVES, Choice, Chosen, Ladder, Priced, Row, fixed_peak_bytes
+from memadvise.advise.drafting import draft_plan, reasons, runners_up
+from memadvise.advise.explain import confidence_of, explain, infeasible, optimizer_time, plan_confidence
+from memadvise.advise.harm import HarmTable
+from memadvise.advise.profile import Profile, relative_depths
+from memadvise.advise.rules import DENSE, broken_rules, check_names, codecs_of
+from memadvise.advise.sizes import ENGINE_ADAMW as ENGINE_ADAMW  # of the public names here
+from memadvise.advise.sizes import StateSizes
+from memadvise.advise.statistics import narrowed
+from memadvise.advise.weight_forms import NarrowWeights, weight_ladders
+from memadvise.errors import OptimizerError, UsageError
 from memadvise.ledger import MemoryLedger, Parameter, Scan
-from memadvise.names import glob_escape, matches, shared_patterns
-from memadvise.optim.registry import method_info, state_bytes, validate, weight_bytes
-from memadvise.plan.schema import ModelShape, Plan, Rule, Setting, Switches
-from memadvise.units import format_bytes
+from memadvise.names import matches
+from memadvise.optim.codecs.table import CODECS
+from memadvise.optim.registry import method_info, validate
+from memadvise.optim.step_costs import step_cost
+from memadvise.plan.schema import Plan, Setting, Switches
 
-ENGINE_ADAMW = "memadvise adamw"  # the label of ledgers traced with our engine, one per combination of switches
 _MAX_TRACES = 5
+_CHUNKED_CODECS = frozenset({"dynamic8", "int4"})
+_CODECS = frozenset(CODECS)
 
 Tracer = Callable[[Plan], MemoryLedger]
 
 
 @dataclass(frozen=True)
+class Wishes:
+    """What the user decided.
+
+    Args:
+        pins: (glob, setting) pairs; the first match wins.
+        forbidden: methods and codecs never to choose.
+        allowed: hard rules set aside.
+        objective: "quality", or "speed" within the same level of confidence.
+    """
+
+    pins: tuple[tuple[str, Setting], ...] = ()
+    forbidden: tuple[str, ...] = ()
+    allowed: tuple[str, ...] = ()
+    objective: str = "quality"
+
+
+@dataclass(frozen=True)
 class GroupChoice:
-    """One row of the advice; ``expected_harm`` in Adam's metric, None where it could not be measured."""
+    """One row of the advice.
+
+    ``expected_harm``: the score in the metric of its tier (see :mod:`memadvise.advise.harm`), None where not measured;
+    it ranks, it is no loss. ``confidence`` and ``runners_up`` in words; ``broken_rules``: names of hard rules.
+    """
 
     pattern: str
     role: str
@@ -42,11 +72,18 @@ class GroupChoice:
     expected_harm: float | None
     reason: str
     weight_bytes_saved: int = 0
+    confidence: str = "high"
+    runners_up: tuple[str, ...] = ()
+    lr_factor: float = 1.0
+    broken_rules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What was chosen and why. ``after`` is the traced ledger of the plan itself."""
+    """What was chosen and why. ``after`` is the traced ledger of the plan itself.
+
+    ``optimizer_time``: of the optimizer step, over AdamW's (a CPU's ratio, see :mod:`memadvise.optim.step_costs`).
+    """
 
     plan: Plan
     needs_compression: bool
@@ -57,15 +94,8 @@ class Recommendation:
     groups: tuple[GroupChoice, ...]
     solver_note: str
     explanation: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """One combination of switches with the best settings found for it."""
-
-    ledger: MemoryLedger
-    solution: Solution
-    switches: Switches
+    confidence: str = "high"
+    optimizer_time: float = 1.0
 
 
 def recommend(
@@ -73,82 +103,207 @@ def recommend(
     budget_bytes: int,
     *,
     trace: Tracer,
-    pins: Sequence[tuple[str, Setting]] = (),
-    forbidden: Sequence[str] = (),
+    wishes: Wishes = Wishes(),
+    profile: Profile | None = None,
 ) -> Recommendation:
-    """The least harmful plan whose peak fits ``budget_bytes``.
+    """The plan of the surest kind whose peak fits ``budget_bytes``, and of that kind the least harmful.
 
     Args:
         scan: what was traced and measured.
         budget_bytes: limit on the peak of the whole step.
         trace: traces the target again with a given plan; the plan's peak is what this says.
-        pins: (glob, setting) pairs the user decided; the first match wins.
-        forbidden: methods never to choose.
+        wishes: the user's pins, prohibitions, rules set aside, and objective.
+        profile: scores of other models, for tensors that the scan did not measure.
 
     Raises:
         Infeasible: nothing fits; names the smallest reachable peak and what dominates it.
-        UsageError: a pin that matches nothing or a setting that does not fit its tensor.
+        UsageError: a pin that matches nothing, a setting that does not fit its tensor, an unknown rule or method.
     """
-    before = scan.memory[0]
-    groups = make_groups(scan.parameters, _settings_under(scan.parameters, pins, forbidden))
-    sizes = _StateSizes(scan)
-    if before.peak_bytes <= budget_bytes and not pins:
-        dense = [DENSE] * len(groups)
-        plan = _plan(scan, groups, dense, Switches(), budget_bytes, ["fits as it is"] * len(groups), sizes)
-        after = trace(plan)
+    return Advisor(scan, trace=trace, wishes=wishes, profile=profile).recommend(budget_bytes)
+
+
+class Advisor:
+    """A scan with everything priced, for one budget or many; arguments as of :func:`recommend`."""
+
+    def __init__(self, scan: Scan, *, trace: Tracer, wishes: Wishes = Wishes(), profile: Profile | None = None) -> None:
+        if wishes.objective not in OBJECTIVES:
+            raise UsageError(f"there is no objective '{wishes.objective}'", hint=f"one of: {', '.join(OBJECTIVES)}")
+        self._scan, self._trace, self._wishes = scan, trace, wishes
+        self._sizes = StateSizes(scan)
+        self._known: dict[str, MemoryLedger] = {}  # traces by rules and switches
+        settings_of = _settings_under(scan.parameters, wishes)
+        probes = {p.name: p for p in scan.probe.parameters} if scan.probe else {}
+        groups = tuple(narrowed(group, probes) for group in make_groups(scan.parameters, settings_of))
+        self._table = HarmTable(scan.probe, profile, relative_depths(scan.parameters))
+        self._table.learn_worst(groups)
+        self._pinned = frozenset(
+            p.name for p in scan.parameters if any(matches(pattern, p.name) for pattern, _ in wishes.pins)
+        )
+        rows = [Row(group, self._price(group)) for group in groups]
+        engine = [ledger for ledger in scan.memory if ledger.optimizer == ENGINE_ADAMW and not ledger.weights] or [
+            scan.memory[0]
+        ]
+        self._ladder = Ladder(engine, rows, self._price, wishes.objective)
+        # Codecs are decoded in pieces of a few MB, some in larger ones: where those do not fit, less of the kind may.
+        self._ladders = (self._ladder, *(self._without(codecs, rows, engine) for codecs in (_CHUNKED_CODECS, _CODECS)))
+
+    def _without(self, codecs: frozenset[str], rows: Sequence[Row], ledgers: Sequence[MemoryLedger]) -> Ladder:
+        """The ladder without these codecs, but where a pin has one."""
+
+        def kept(options: tuple[Priced, ...]) -> tuple[Priced, ...]:
+            return tuple(o for o in options if codecs.isdisjoint(codecs_of(o.setting).values())) or options
+
+        def price(group: Group) -> tuple[Priced, ...]:
+            return kept(self._price(group))
+
+        fewer = [Row(row.group, kept(row.options)) for row in rows]
+        return Ladder(ledgers, fewer, price, self._wishes.objective)
+
+    def recommend(self, budget_bytes: int) -> Recommendation:
+        """See :func:`recommend`."""
+        ladder, before = self._ladder, self._scan.memory[0]
+        if before.peak_bytes <= budget_bytes and not self._wishes.pins:
+            dense = replace(ladder.dense(), switches=Switches())
+            plan, after = self._traced(dense, budget_bytes)
+            if after.peak_bytes <= budget_bytes:
+                return self._finished(dense, plan, after, budget_bytes)
+        narrow: list[NarrowWeights] = []
+        for candidates, lost, momentum in self._stages(narrow):
+            if found := self._search(candidates, budget_bytes, lost, momentum):
+                return self._finished(*found, budget_bytes)
+        smallest, plan, after = self._smallest(narrow, budget_bytes)
         if after.peak_bytes <= budget_bytes:
-            note = "nothing to optimise"
-            return _finished(scan, plan, after, budget_bytes, groups, sizes, None, note, needs_compression=False)
-    table = HarmTable(scan.probe)
-    worst = table.worst_per_element(groups)
-    harms = [[table.of(sizes.holders(group), setting, worst) for setting in group.settings] for group in groups]
-    options = [
-        [Option(sizes.of(group, setting), harm.value) for setting, harm in zip(group.settings, row, strict=True)]
-        for group, row in zip(groups, harms, strict=True)
-    ]
+            return self._finished(smallest, plan, after, budget_bytes)
+        raise infeasible(before, after, smallest, budget_bytes)
 
-    def tried(choice: _Choice) -> tuple[MemoryLedger, Callable[[], Recommendation]]:
-        """The traced ledger of a choice, and the recommendation to give if it fits."""
-        picked = [g.settings[o] for g, o in zip(groups, choice.solution.choice, strict=True)]
-        reasons = [row[o].reason for row, o in zip(harms, choice.solution.choice, strict=True)]
-        plan = _plan(scan, groups, picked, choice.switches, budget_bytes, reasons, sizes)
-        after = trace(plan)
-        needed = any(s != DENSE for s in picked) or choice.switches != Switches()
-        return after, lambda: _finished(
-            scan, plan, after, budget_bytes, groups, sizes, (harms, choice.solution), choice.solution.note,
-            needs_compression=needed,
-        )  # fmt: skip
+    def smallest_peak(self) -> int:
+        """The traced peak of the smallest plan there is: no smaller budget has one."""
+        narrow: list[NarrowWeights] = []
+        for _ in self._stages(narrow):
+            pass
+        return self._smallest(narrow, None)[2].peak_bytes
 
-    # What pins take off the weights is room for state in every phase.
-    lighter = sum(min(sizes.weights_saved(group, setting) for setting in group.settings) for group in groups)
-    room_lost: dict[int, int] = {}  # per combination of switches: bytes the traces showed beyond the arithmetic
-    for _ in range(_MAX_TRACES * max(1, len(scan.memory))):
-        choice = _best(scan, options, budget_bytes + lighter, room_lost)
+    def _smallest(self, narrow: Sequence[NarrowWeights], budget: int | None) -> tuple[Choice, Plan, MemoryLedger]:
+        smallest = self._ladder.smallest()
+        least = fixed_peak_bytes(smallest.ledger) + smallest.num_bytes
+        for weights in narrow:
+            other = weights.ladder.smallest()
+            if weights.arithmetic_peak(other) < least:
+                smallest, least = other, weights.arithmetic_peak(other)
+        return smallest, *self._traced(smallest, budget)
+
+    def _stages(self, narrow: list[NarrowWeights]) -> Iterator[tuple[Ladder, int, bool]]:
+        """What is tried one after the other: (ladder, bytes lost beforehand, whether all keep the momentum).
+
+        ``narrow`` is filled with the ladders of narrower weights, once they are needed.
+        """
+        for ladder in self._ladders:
+            yield ladder, 0, True
+        dense_bytes = sum(self._sizes.of(row.group, row.options[0].setting) for row in self._ladder.rows)
+        for weights in weight_ladders(
+            self._ladder, self._scan.parameters, dense_bytes, lambda c: self._traced(c, None)[1], self._wishes.forbidden
+        ):
+            narrow.append(weights)
+            yield weights.ladder, weights.extra_bytes, True
+        for ladder in self._ladders:
+            yield ladder, 0, False
+        for weights in narrow:
+            yield weights.ladder, weights.extra_bytes, False
+
+    def for_state(self, state_bytes: int) -> Plan | None:
+        """The plan for a limit on the optimizer state alone, without switches and untraced; None when nothing fits."""
+        choice = self._ladder.within(state_bytes)
         if choice is None:
-            break
-        after, result = tried(choice)
-        if after.peak_bytes <= budget_bytes:
-            return result()
-        index = scan.memory.index(choice.ledger)
-        # What this trace shows beyond the arithmetic; the next state is smaller than this one, so the loop ends.
-        expected = fixed_peak_bytes(choice.ledger) - lighter + choice.solution.num_bytes
-        room_lost[index] = after.peak_bytes - expected
-    smallest = _smallest(scan, options)
-    after, result = tried(smallest)
-    if after.peak_bytes <= budget_bytes:
-        return result()
-    raise _infeasible(before, after, smallest.switches, budget_bytes)
+            return None
+        return draft_plan(self._scan, choice.chosen, Switches(), None, self._sizes, self._pinned)
+
+    def _search(
+        self, ladder: Ladder, budget: int, lost: int, momentum: bool
+    ) -> tuple[Choice, Plan, MemoryLedger] | None:
+        """The first choice of the ladder whose traced peak fits."""
+        # Per combination of switches: bytes the traces showed beyond the arithmetic.
+        room_lost = dict.fromkeys(range(len(ladder.ledgers)), lost)
+        for _ in range(_MAX_TRACES * len(ladder.ledgers)):
+            choice = ladder.best(budget, room_lost, momentum=momentum)
+            if choice is None:
+                return None
+            plan, after = self._traced(choice, budget)
+            if after.peak_bytes <= budget:
+                return choice, plan, after
+            # What this trace shows beyond the arithmetic; the next state is smaller than this one, so the loop ends.
+            expected = fixed_peak_bytes(choice.ledger) + choice.num_bytes
+            room_lost[ladder.ledgers.index(choice.ledger)] = after.peak_bytes - expected
+        return None
+
+    def _price(self, group: Group) -> tuple[Priced, ...]:
+        """Every setting of a group (or of a part of one) with its bytes, harm, tier, confidence and time."""
+        held = self._sizes.holders(group)
+        return tuple(
+            Priced(
+                setting=setting,
+                num_bytes=self._sizes.of(group, setting) - self._sizes.weights_saved(group, setting),
+                harm=self._table.of(held, setting),
+                tier=tier(setting),
+                confidence=confidence(group.members[0], setting),
+                step_time=step_cost(setting) * sum(m.numel for m in group.members),
+            )
+            for setting in group.settings
+        )
+
+    def _traced(self, choice: Choice, budget: int | None) -> tuple[Plan, MemoryLedger]:
+        plan = draft_plan(self._scan, choice.chosen, choice.switches, budget, self._sizes, self._pinned)
+        key = repr((plan.rules, plan.switches))
+        if key not in self._known:
+            self._known[key] = self._trace(plan)
+        return plan, self._known[key]
+
+    def _finished(self, choice: Choice, plan: Plan, after: MemoryLedger, budget: int) -> Recommendation:
+        notes = tuple(explain(self._scan, after, plan, budget, choice))
+        plan = replace(
+            plan, predicted_peak_bytes=after.peak_bytes, predicted_state_bytes=after.state_bytes, notes=notes
+        )
+        needed = any(c.priced.setting != DENSE for c in choice.chosen) or choice.switches != Switches()
+        return Recommendation(
+            plan=plan,
+            needs_compression=needed,
+            before=self._scan.memory[0],
+            after=after,
+            budget_bytes=budget,
+            margin_bytes=budget - after.peak_bytes,
+            groups=tuple(self._row(c) for c in choice.chosen),
+            solver_note=choice.note,
+            explanation=notes,
+            confidence=plan_confidence(choice).words,
+            optimizer_time=optimizer_time(choice.chosen),
+        )
+
+    def _row(self, choice: Chosen) -> GroupChoice:
+        group, priced = choice.group, choice.priced
+        return GroupChoice(
+            pattern=group.label,
+            role=group.role,
+            count=len(group.members),
+            setting_key=priced.setting.key,
+            state_bytes_before=self._sizes.of(group, DENSE),
+            state_bytes_after=self._sizes.of(group, priced.setting),
+            expected_harm=priced.harm.value if priced.harm.measured else None,
+            reason=reasons(choice, self._pinned)[0]
+            if choice.group.members[0].name in self._pinned
+            else priced.harm.reason,
+            weight_bytes_saved=self._sizes.weights_saved(group, priced.setting),
+            confidence=confidence_of(choice).words,
+            runners_up=tuple(runners_up(choice)),
+            lr_factor=priced.harm.lr_factor,
+            broken_rules=tuple(rule.name for rule in broken_rules(group.members[0], priced.setting)),
+        )
 
 
-def _settings_under(
-    parameters: Sequence[Parameter], pins: Sequence[tuple[str, Setting]], forbidden: Sequence[str]
-) -> Callable[[Parameter], tuple[Setting, ...]]:
-    """Candidates after the user's pins and prohibitions, checked."""
-    for method in forbidden:
-        if method_info(method).name == DENSE.method:
-            raise UsageError("adamw cannot be forbidden: vectors and tiny tensors always keep their full state")
+def _settings_under(parameters: Sequence[Parameter], wishes: Wishes) -> Callable[[Parameter], tuple[Setting, ...]]:
+    """Candidates after the user's wishes, checked."""
+    _check_forbidden(wishes.forbidden)
+    allowed = check_names(wishes.allowed)
     names = {p.name: p for p in parameters if p.trainable}
-    for pattern, setting in pins:
+    for pattern, setting in wishes.pins:
         hits = [p for name, p in names.items() if matches(pattern, name)]
         if not hits:
             raise UsageError(
@@ -158,241 +313,29 @@ def _settings_under(
             validate(setting, parameter.shape, name=parameter.name)
 
     def settings_of(parameter: Parameter) -> tuple[Setting, ...]:
-        for pattern, setting in pins:
+        for pattern, setting in wishes.pins:
             if matches(pattern, parameter.name):
                 return (setting,)
-        return tuple(s for s in candidate_settings(parameter) if s.method not in forbidden)
+        return tuple(s for s in candidate_settings(parameter, allowed) if not _is_forbidden(s, wishes.forbidden))
 
     return settings_of
 
 
-class _StateSizes:
-    """Bytes of optimizer state by group and setting; a parameter that no gradient reaches never gets any state.
-
-    Which those are is seen in the trace of AdamW by memadvise's engine: modules without a byte of state.
-    """
-
-    def __init__(self, scan: Scan) -> None:
-        traced = next((ledger for ledger in scan.memory if ledger.optimizer == ENGINE_ADAMW), None)
-        self._idle: frozenset[str] = frozenset()
-        if traced is not None:
-            self._idle = frozenset(
-                p.name
-                for p in scan.parameters
-                if p.module in traced.by_module and not traced.by_module[p.module].get("optimizer_state")
+def _check_forbidden(forbidden: Collection[str]) -> None:
+    for name in forbidden:
+        if name in CODECS:
+            continue
+        try:
+            method = method_info(name).name
+        except OptimizerError as error:
+            hint = f"{error.hint or ''}; or a codec: {', '.join(CODECS)}".removeprefix("; ")
+            raise OptimizerError(error.message, hint=hint) from error
+        if method == DENSE.method:
+            raise UsageError(
+                "adamw cannot be forbidden: vectors and tiny tensors always keep their full state",
+                hint=f"to keep it from fewer bits, forbid the codecs: {', '.join(CODECS)}",
             )
 
-    def holders(self, group: Group) -> Group:
-        """The group without the parameters that never hold state; it may be empty."""
-        return replace(group, members=tuple(m for m in group.members if m.name not in self._idle))
 
-    @staticmethod
-    def weights_saved(group: Group, setting: Setting) -> int:
-        """What ``setting`` takes off the weights themselves: something for int8 alone."""
-        dtype = _dtype(group.members[0].dtype)
-        each = weight_bytes(DENSE, group.shape, dtype) - weight_bytes(setting, group.shape, dtype)
-        return each * len(group.members)
-
-    def of(self, group: Group, setting: Setting) -> int:
-        members = self.holders(group).members
-        return state_bytes(setting, group.shape, _dtype(members[0].dtype)) * len(members) if members else 0
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    return getattr(torch, name)
-
-
-def switches_of(ledger: MemoryLedger) -> Switches:
-    """The switches a ledger was traced under."""
-    return Switches(micro_batches=ledger.micro_batches, checkpoint=ledger.checkpoint)
-
-
-def _time_rank(switches: Switches) -> tuple[int, int]:
-    """Cheapest in time first: nothing, then micro-batches, then a second forward pass, then both."""
-    return (1 if switches.checkpoint else 0, switches.micro_batches)
-
-
-def fixed_peak_bytes(ledger: MemoryLedger) -> int:
-    """The largest phase peak without the optimizer's state: what no choice of methods can remove."""
-    return max(p.peak_bytes - p.by_category.get("optimizer_state", 0) for p in ledger.phases)
-
-
-def _best(scan: Scan, options: list[list[Option]], budget: int, room_lost: Mapping[int, int]) -> _Choice | None:
-    """Least harm over the combinations of switches; of equal harm, what costs the least time."""
-    best: _Choice | None = None
-    for index, ledger in enumerate(scan.memory):
-        if ledger.optimizer != ENGINE_ADAMW:
-            continue
-        room = budget - fixed_peak_bytes(ledger) - room_lost.get(index, 0)
-        solution = solve(options, room)
-        if solution is None:
-            continue
-        switches = switches_of(ledger)
-        rank = (solution.harm, _time_rank(switches))
-        if best is None or rank < (best.solution.harm, _time_rank(best.switches)):
-            best = _Choice(ledger, solution, switches)
-    return best
-
-
-def _smallest(scan: Scan, options: list[list[Option]]) -> _Choice:
-    """The least state under the switches that leave the least beside it."""
-    picked = [min(range(len(row)), key=lambda o, row=row: (row[o].num_bytes, row[o].harm)) for row in options]  # type: ignore[misc]
-    chosen = [row[o] for row, o in zip(options, picked, strict=True)]
-    harm = sum(option.harm for option in chosen)
-    solution = Solution(tuple(picked), sum(option.num_bytes for option in chosen), harm, harm, True)
-    engine = [ledger for ledger in scan.memory if ledger.optimizer == ENGINE_ADAMW] or [scan.memory[0]]
-    ledger = min(engine, key=lambda ledger: (fixed_peak_bytes(ledger), _time_rank(switches_of(ledger))))
-    return _Choice(ledger, solution, switches_of(ledger))
-
-
-def _plan(
-    scan: Scan,
-    groups: Sequence[Group],
-    picked: Sequence[Setting],
-    switches: Switches,
-    budget: int,
-    reasons: Sequence[str],
-    sizes: _StateSizes,
-) -> Plan:
-    """Rules for every parameter: one a pattern where the pattern is unambiguous, ``**`` for what stays dense."""
-    setting_of = {m.name: s.key for g, s in zip(groups, picked, strict=True) for m in g.members}
-    rules: list[Rule] = []
-    for group, setting, reason in zip(groups, picked, reasons, strict=True):
-        if setting == DENSE:
-            continue
-        saved = sizes.of(group, DENSE) - sizes.of(group, setting) + sizes.weights_saved(group, setting)
-        text = f"{group.role} {list(group.shape)} x {len(group.members)}: saves {format_bytes(saved)}; {reason}"
-        for match in _matching((m.name for m in group.members), setting_of):
-            rules.append(Rule(match, setting.method, dict(setting.options), reason=text))
-            text = "as above"
-    if any(setting == DENSE for setting in picked):
-        rest = "everything else keeps both moments in full" if rules else "every parameter keeps both moments in full"
-        rules.append(Rule("**", DENSE.method, reason=rest))
-    trainable = [p for p in scan.parameters if p.trainable]
-    shape_of = {p.name: p.shape for p in trainable}
-    shapes = {
-        pattern: shape
-        for shape in dict.fromkeys(shape_of.values())
-        for pattern in _matching((name for name, s in shape_of.items() if s == shape), shape_of)
-    }
-    return Plan(
-        rules=tuple(rules),
-        switches=switches,
-        model=ModelShape(scan.fingerprint, sum(p.numel for p in trainable), shapes),
-        budget_bytes=budget,
-        predicted_state_bytes=sum(sizes.of(g, s) for g, s in zip(groups, picked, strict=True)),
-        device=scan.memory[0].device,
-    )
-
-
-def _matching(names: Iterable[str], value_of: Mapping[str, object]) -> list[str]:
-    """Patterns for ``names``, which all have one value, that match no parameter of another value."""
-    patterns: list[str] = []
-    for pattern, members in shared_patterns(names).items():
-        pure = len({value for name, value in value_of.items() if matches(pattern, name)}) == 1
-        patterns += [pattern] if pure else [glob_escape(name) for name in members]
-    return patterns
-
-
-def _finished(
-    scan: Scan,
-    plan: Plan,
-    after: MemoryLedger,
-    budget: int,
-    groups: Sequence[Group],
-    sizes: _StateSizes,
-    solved: tuple[list[list[Harm]], Solution] | None,
-    note: str,
-    *,
-    needs_compression: bool,
-) -> Recommendation:
-    before = scan.memory[0]
-    rows = []
-    for index, group in enumerate(groups):
-        option = solved[1].choice[index] if solved else 0
-        harm = solved[0][index][option] if solved else Harm(0.0, True, "fits as it is")
-        setting = group.settings[option] if solved else DENSE
-        rows.append(
-            GroupChoice(
-                pattern=group.label,
-                role=group.role,
-                count=len(group.members),
-                setting_key=setting.key,
-                state_bytes_before=sizes.of(group, DENSE),
-                state_bytes_after=sizes.of(group, setting),
-                expected_harm=harm.value if harm.measured else None,
-                reason=harm.reason,
-                weight_bytes_saved=sizes.weights_saved(group, setting),
-            )
-        )
-    explanation = tuple(_explain(scan, after, plan, budget, needs_compression))
-    plan = replace(
-        plan, predicted_peak_bytes=after.peak_bytes, predicted_state_bytes=after.state_bytes, notes=explanation
-    )
-    return Recommendation(
-        plan, needs_compression, before, after, budget, budget - after.peak_bytes, tuple(rows), note, explanation
-    )
-
-
-def _explain(scan: Scan, after: MemoryLedger, plan: Plan, budget: int, needed: bool) -> list[str]:
-    before = scan.memory[0]
-    over = before.peak_bytes - budget
-    as_it_stands = (
-        f"{before.optimizer} as it stands peaks at {format_bytes(before.peak_bytes)} in the {before.peak_phase} phase, "
-        + (f"{format_bytes(over)} over the budget" if over > 0 else f"within the budget of {format_bytes(budget)}")
-    )
-    if not needed:
-        return [
-            f"nothing needs compressing: AdamW in full, run by memadvise, peaks at {format_bytes(after.peak_bytes)} in "
-            f"the {after.peak_phase} phase, within the budget of {format_bytes(budget)}",
-            as_it_stands,
-        ]
-    lines = [as_it_stands]
-    narrow = sorted({p.dtype for p in scan.parameters if p.trainable} & {"bfloat16", "float16"})
-    if over <= 0 and narrow:
-        lines.append(
-            f"a plan needs more than that: for {' and '.join(narrow)} parameters memadvise keeps state in float32, "
-            "torch.optim.AdamW in their own precision"
-        )
-    lines.append(
-        f"the plan peaks at {format_bytes(after.peak_bytes)} in the {after.peak_phase} phase; optimizer state "
-        f"{format_bytes(before.state_bytes)} -> {format_bytes(after.state_bytes)}"
-    )
-    if plan.switches.checkpoint:
-        lines.append(
-            f"activations of {', '.join(plan.switches.checkpoint)} are recomputed (checkpointing): about one more "
-            "forward pass a step, the same gradients; call memadvise.apply_checkpoint(model, plan.switches.checkpoint)"
-        )
-    if plan.switches.micro_batches > 1:
-        checked = "checked" if scan.probe else "not checked without a probe"
-        lines.append(
-            f"each batch runs as {plan.switches.micro_batches} micro-batches with accumulated gradients, the same "
-            f"gradient where the loss is a mean over samples ({checked}); "
-            "use memadvise.split_batch(batch, plan.switches.micro_batches)"
-        )
-    return lines
-
-
-def _infeasible(before: MemoryLedger, smallest: MemoryLedger, switches: Switches, budget: int) -> Infeasible:
-    """Name the smallest peak that the advisor's candidates reach, what dominates it, and the way out."""
-    largest = sorted(smallest.by_category.items(), key=lambda item: -item[1])[:3]
-    how = [f"checkpointing {', '.join(switches.checkpoint)}"] if switches.checkpoint else []
-    how += [f"{switches.micro_batches} micro-batches"] if switches.micro_batches > 1 else []
-    hint = (
-        f"raise the budget to {smallest.peak_bytes} bytes or more, use a smaller batch, or state in 8 bits, which the "
-        "advisor does not weigh yet: --pin 'PATTERN=adamw(first_moment=dynamic8, second_moment=dynamic8)'"
-    )
-    if before.peak_bytes <= budget:  # its state has the parameters' own, narrower dtype
-        hint = (
-            f"{before.optimizer} as it stands peaks at {format_bytes(before.peak_bytes)} and fits: train with that, or "
-            f"raise the budget to {smallest.peak_bytes} bytes or more"
-        )
-    return Infeasible(
-        f"no plan fits {format_bytes(budget)}: the smallest reachable peak is {format_bytes(smallest.peak_bytes)}"
-        f" ({' and '.join(how) or 'no switch helps'}; candidates: adamw, slimadam, adam_mini), in the "
-        f"{smallest.peak_phase} phase, dominated by "
-        + ", ".join(f"{name} {format_bytes(size)}" for name, size in largest),
-        hint=hint,
-    )
+def _is_forbidden(setting: Setting, forbidden: Collection[str]) -> bool:
+    return setting.method in forbidden or not set(codecs_of(setting).values()).isdisjoint(forbidden)

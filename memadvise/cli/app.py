@@ -1,6 +1,6 @@
 """The command line: one Typer app, and the one place where exceptions become exit codes.
 
-0 ok, 1 finding (no plan fits), 2 usage, configuration or input, 3 environment or internal, 130 Ctrl-C.
+0 ok, 1 finding (no plan fits, a regression), 2 usage, configuration or input, 3 environment or internal, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -16,11 +16,16 @@ import typer
 
 import memadvise
 from memadvise.cli import common
+from memadvise.cli.check import check
+from memadvise.cli.compare_ledgers import compare_ledgers
 from memadvise.cli.env import env
+from memadvise.cli.fit import fit
 from memadvise.cli.init import init
 from memadvise.cli.optimizers import optimizers
 from memadvise.cli.recommend import recommend
+from memadvise.cli.report import report
 from memadvise.cli.scan import scan
+from memadvise.cli.verify import verify
 from memadvise.errors import MemadviseError, PlanError
 
 app = typer.Typer(
@@ -32,7 +37,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (scan, recommend, optimizers, env, init):
+for command in (scan, report, recommend, fit, verify, check, compare_ledgers, optimizers, env, init):
     app.command()(command)
 
 # Typer brings Click's exceptions under changing module names; the base of its own is always the right one.
@@ -102,12 +107,7 @@ def _expected(error: MemadviseError) -> int:
         number = len(error.problems)
         print(f"{error}\nerror: {number} {'mistake' if number == 1 else 'mistakes'} in the plan", file=sys.stderr)
         return error.exit_code
-    lines = [f"error: {error.message}"]
-    if error.where is not None:
-        lines += [f"  at {error.where}", *(f"    {line}" for line in error.where.excerpt())]
-    if error.hint:
-        lines.append(f"  hint: {error.hint}")
-    print("\n".join(lines), file=sys.stderr)
+    common.report_error(error)
     if error.exit_code == 1 and common.state.format is common.Format.json:
         # A finding is a result: whoever asked for JSON gets it as JSON.
         common.print_result(common.to_json({"finding": error.message, "hint": error.hint}))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memadvise.cli import common
-from memadvise.cli.scan import Device
+from memadvise.cli.common import Device
 from memadvise.errors import UsageError
 from memadvise.units import format_bytes
 

@@ -5,47 +5,76 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from memadvise.cli import budget as budgets
 from memadvise.cli import common
 from memadvise.errors import PlanError, UsageError
-from memadvise.units import format_bytes, parse_bytes
+from memadvise.units import format_bytes
 
 if TYPE_CHECKING:
-    from memadvise.plan.schema import Setting
+    from collections.abc import Sequence
+
+    from rich.console import RenderableType
+
+    from memadvise.advise.recommend import Recommendation
+    from memadvise.advise.sweep import SweepRow
+    from memadvise.ledger import Scan
+    from memadvise.plan.schema import Plan, Setting
+    from memadvise.verify import Verification
 
 _PIN = re.compile(r"(?P<pattern>.+?)=(?P<method>[A-Za-z_]\w*)(\((?P<options>.*)\))?", re.DOTALL)
 _PIN_HINT = "write PATTERN=METHOD, for example --pin 'lm_head.*=adamw' or --pin 'h.*.mlp.*=slimadam(axes=[1])'"
 
 
+class Objective(StrEnum):
+    """What is best among plans one can be equally sure of."""
+
+    quality = "quality"
+    speed = "speed"
+
+
 def recommend(
-    budget: Annotated[
-        str,
-        typer.Option(
-            "--budget", metavar="SIZE", help="12GB (12*10^9), 12GiB (12*2^30), or 'device' for what the GPU has free."
-        ),
-    ],
+    budget: budgets.OptionalBudget = None,
     scan: Annotated[Path, typer.Option("--scan", metavar="FILE", help="The scan file of memadvise scan.")] = Path(
         "memadvise.scan.json"
     ),
     output: common.Output = Path("memadvise.yaml"),
-    reserve: Annotated[
-        str,
-        typer.Option(
-            "--reserve",
-            metavar="SIZE",
-            help="Held back from the budget, for the CUDA context and fragmentation: 1GiB, 8%.",
-        ),
-    ] = "0",
+    reserve: budgets.Reserve = "0",
     pin: Annotated[
         list[str] | None,
         typer.Option("--pin", metavar="PATTERN=METHOD", help="Decide for these parameters yourself; repeatable."),
     ] = None,
     forbid: Annotated[
-        list[str] | None, typer.Option("--forbid", metavar="METHOD", help="Never choose this method; repeatable.")
+        list[str] | None,
+        typer.Option("--forbid", metavar="METHOD", help="Never choose this method or codec (int4); repeatable."),
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option("--allow", metavar="RULE", help="Set a hard rule aside, such as 'projection'; repeatable."),
+    ] = None,
+    objective: Annotated[
+        Objective,
+        typer.Option("--objective", help="speed: the least step time among plans one can be as sure of."),
+    ] = Objective.quality,
+    profile: Annotated[
+        str | None,
+        typer.Option("--profile", metavar="NAME_OR_FILE", help="Scores of other models, for what was not probed."),
+    ] = None,
+    proxy: Annotated[
+        bool,
+        typer.Option("--proxy", help="Probe the target's build_model(scale='proxy') for what was not probed."),
+    ] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="A table of what each budget buys; without --budget, no plan is written.")
+    ] = False,
+    verify: Annotated[
+        int | None,
+        typer.Option("--verify", min=10, metavar="STEPS", help="Then train the plan and AdamW side by side."),
     ] = None,
     force: common.Force = False,
     format: common.FormatOption = common.Format.text,
@@ -55,67 +84,134 @@ def recommend(
 ) -> None:
     """Write the least harmful plan that fits a budget."""
     common.configure(format=format, quiet=quiet, verbose=verbose, no_progress=no_progress)
-    total = _budget(budget)
-    held = _reserve(reserve, total)
-    limit = total - held
+    if budget is None and not sweep:
+        raise UsageError(
+            "recommend needs a budget", hint="for example --budget 12GB, or --sweep for a table of budgets"
+        )
+    if budget is None and verify is not None:
+        raise UsageError("--verify trains a plan, and only a budget makes one", hint="add --budget 12GB")
+    if profile and proxy:
+        raise UsageError("--profile and --proxy exclude each other", hint="choose where scores are borrowed from")
+    total = None if budget is None else budgets.budget_bytes(budget)
+    held = 0 if total is None else budgets.reserve_bytes(reserve, total)
     pins = [parse_pin(text) for text in pin or ()]
 
     from memadvise.plan.emit import emit_plan, is_unedited
 
-    kind = "a plan as memadvise wrote it (you may have edited it)"
-    common.check_writable(output, force=force, ours=is_unedited, kind=kind)
+    if total is not None:
+        kind = "a plan as memadvise wrote it (you may have edited it)"
+        common.check_writable(output, force=force, ours=is_unedited, kind=kind)
 
     from memadvise.ledger import load_scan, write_whole
 
     scanned = load_scan(scan)
 
-    from memadvise.advise.recommend import recommend as solve
-    from memadvise.scan import plan_tracer
+    from memadvise.advise.profile import load_profile
+    from memadvise.advise.recommend import Advisor, Wishes
+    from memadvise.scan import plan_tracer, proxy_profile
 
+    wishes = Wishes(tuple(pins), tuple(forbid or ()), tuple(allow or ()), objective.value)
+    borrowed = load_profile(profile) if profile else None
+    result, rows, verified = None, None, None
     with common.interruptible(), common.show_progress() as progress:
         progress("loading the target", 0, 1)
         trace, warnings = plan_tracer(scanned)
         for warning in warnings:
             common.note(f"warning: {warning}")
+        if proxy:
+            borrowed = proxy_profile(scanned, progress)
         progress("choosing, and tracing the plan", 0, 1)
-        result = solve(scanned, limit, trace=trace, pins=pins, forbidden=tuple(forbid or ()))
+        advisor = Advisor(scanned, trace=trace, wishes=wishes, profile=borrowed)
+        if total is not None:
+            result = advisor.recommend(total - held)
+        if sweep:
+            from memadvise.advise.sweep import sweep as run_sweep
 
-    words = _words(budget, total, reserve, held)
-    command = _command(budget, scan, output, reserve, pin or [], forbid or [])
-    write_whole(output, emit_plan(result.plan, command=command, budget=words))
+            largest = scanned.memory[0].peak_bytes
+            rows = run_sweep(advisor, largest, min(largest, advisor.smallest_peak()), progress=progress)
+
+    words = ""
+    if result is not None and budget is not None and total is not None:
+        words = budgets.budget_words(budget, total, reserve, held)
+        lists = {"--pin": pin, "--forbid": forbid, "--allow": allow}
+        extra = {"--objective": "" if objective is Objective.quality else objective.value, "--profile": profile or ""}
+        command = _command(budget, scan, output, reserve, lists, extra) + (" --proxy" if proxy else "")
+        write_whole(output, emit_plan(result.plan, command=command, budget=words))
+    if result is not None and verify is not None:
+        with common.interruptible(), common.show_progress() as progress:
+            verified = _verified(scanned, result.plan, verify, progress)
     if format is common.Format.json:
-        common.print_result(common.to_json(_document(result, budget, total, held)))
+        document = {} if result is None else _document(result, budget or "", total or 0, held)
+        document |= {} if rows is None else {"sweep": common.plain(rows)}
+        document |= {} if verified is None else {"verification": common.plain(verified)}
+        common.print_result(common.to_json(document))
     else:
+        common.print_renderables(_renderables(result, words, rows, verified))
+    if result is not None:
+        common.note(f"\nWrote {output}")
+        common.note(f'next: optimizer = memadvise.create_optimizer(model, "{output}", lr=...)')
+    if verified is not None and verified.clearly_worse:
+        raise typer.Exit(1)
+
+
+def _verified(scanned: Scan, plan: Plan, steps: int, progress: common.Progress) -> Verification:
+    """The plan beside AdamW, with the hyper-parameters of the probe where there was one."""
+    from memadvise.target import load_target
+    from memadvise.verify import verify
+
+    hyper: dict[str, Any] = {}
+    if scanned.probe is not None:
+        given = scanned.probe.options
+        hyper = {"lr": scanned.probe.lr}
+        hyper |= {name: given[name] for name in ("weight_decay", "betas") if name in given}
+        hyper |= {"betas": tuple(hyper["betas"])} if "betas" in hyper else {}
+    target = load_target(scanned.target, options=scanned.target_options)
+    return verify(target, plan, num_steps=steps, progress=progress, **hyper)
+
+
+def _renderables(
+    result: Recommendation | None, words: str, rows: Sequence[SweepRow] | None, verified: Verification | None
+) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    if result is not None:
         from memadvise.report.text import recommendation_renderables
 
-        common.print_renderables(recommendation_renderables(result, budget=words))
-    common.note(f"\nWrote {output}")
-    common.note(f'next: optimizer = memadvise.create_optimizer(model, "{output}", lr=...)')
+        parts += recommendation_renderables(result, budget=words)
+    if rows is not None:
+        parts += sweep_renderables(rows)
+    if verified is not None:
+        from memadvise.cli.verify import verification_renderables
+
+        parts += verification_renderables(verified)
+    return parts
 
 
-def _budget(text: str) -> int:
-    if text.strip().lower() == "device":
-        from memadvise.memory.device import device_free_bytes
+def sweep_renderables(rows: Sequence[SweepRow]) -> list[RenderableType]:
+    """The Pareto table."""
+    from rich.text import Text
 
-        return device_free_bytes()
-    if text.strip().startswith("-"):
-        raise UsageError(f"a budget cannot be negative: '{text}'", hint="give at least one byte, for example 12GB")
-    return parse_bytes(text)
+    from memadvise.optim.step_costs import SOURCE
+    from memadvise.report.draw import heading, table
 
-
-def _reserve(text: str, total: int) -> int:
-    """Bytes held back: a size, or a share of the budget such as ``8%``; ``0`` is none."""
-    share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
-    if share:
-        held = round(total * float(share.group(1)) / 100)
-    else:
-        held = 0 if re.fullmatch(r"\s*0+(\.0+)?\s*[A-Za-z]*\s*", text) else parse_bytes(text)
-    if held >= total:
-        raise UsageError(
-            f"the reserve of {format_bytes(held)} leaves nothing of the budget of {format_bytes(total)}",
-            hint="give a smaller --reserve, for example 5%",
+    columns = {
+        "budget": "number", "peak": "number", "state": "number", "confidence": "text", "optimizer step": "number",
+        "passes": "number", "switches": "text", "settings": "text",
+    }  # fmt: skip
+    cells = [
+        (
+            format_bytes(row.budget_bytes),
+            "-" if row.peak_bytes is None else format_bytes(row.peak_bytes),
+            "-" if row.state_bytes is None else format_bytes(row.state_bytes),
+            row.confidence or "no plan fits",
+            "-" if row.optimizer_time is None else f"{row.optimizer_time:.1f} x",
+            "-" if row.pass_time is None else f"{row.pass_time:.2f} x",
+            row.switches or "-",
+            ", ".join(f"{key} x {count}" for key, count in row.settings.items()),
         )
-    return held
+        for row in rows
+    ]
+    footnote = f"Times over AdamW's. Optimizer step: {SOURCE}; forward and backward passes: by arithmetic."
+    return [heading("What each budget buys"), table(columns, cells), Text(footnote, style="dim")]
 
 
 def parse_pin(text: str) -> tuple[str, Setting]:
@@ -143,18 +239,17 @@ def parse_pin(text: str) -> tuple[str, Setting]:
     return match["pattern"], Setting(match["method"], options)
 
 
-def _words(budget: str, total: int, reserve: str, held: int) -> str:
-    words = f"device ({format_bytes(total)} free)" if budget.strip().lower() == "device" else budget.strip()
-    return f"{words} less a reserve of {reserve.strip()}" if held else words
-
-
-def _command(budget: str, scan: Path, output: Path, reserve: str, pins: list[str], forbid: list[str]) -> str:
+def _command(
+    budget: str, scan: Path, output: Path, reserve: str, lists: dict[str, list[str] | None], extra: dict[str, str]
+) -> str:
     """The command line that makes the same plan again."""
     words = ["memadvise", "recommend", "--budget", budget, "--scan", str(scan), "-o", str(output)]
     words += ["--reserve", reserve] if reserve != "0" else []
-    for flag, values in (("--pin", pins), ("--forbid", forbid)):
-        for value in values:
+    for flag, values in lists.items():
+        for value in values or ():
             words += [flag, value]
+    for flag, value in extra.items():
+        words += [flag, value] if value else []
     return shlex.join(words)
 
 

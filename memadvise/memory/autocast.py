@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from memadvise.memory.dispatch import kernels_replaced
+
 _FP32 = (
     "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt", "sinh",
     "tan", "pow", "softplus", "layer_norm", "native_layer_norm", "group_norm", "rms_norm", "frobenius_norm",
@@ -87,17 +89,17 @@ def _listed(names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
                 yield full, getattr(packet, overload)
 
 
-def _register(library: torch.library.Library) -> None:
+def _register(replace: Callable[..., None]) -> None:
     for full, op in _listed(_FP32):
-        library.impl(full, _with(_to_fp32, op))
+        replace(full, _with(_to_fp32, op))
     for full, op in _listed(_FP32_RESULT):
-        library.impl(full, _with_fp32_result(op))
+        replace(full, _with_fp32_result(op))
     for full, op in _listed(_LOWER):
-        library.impl(full, _with(_to_lower, op))
+        replace(full, _with(_to_lower, op))
     with warnings.catch_warnings():  # replacing a kernel for a while is what is meant here
         warnings.simplefilter("ignore")
         for name in _ONLY_ON_CPU:
-            library.impl(name, torch.library.fallthrough_kernel)
+            replace(name, torch.library.fallthrough_kernel)
 
 
 @contextlib.contextmanager
@@ -105,7 +107,6 @@ def cuda_autocast() -> Iterator[None]:
     """``autocast`` runs as on CUDA, with CUDA's default dtype, although the tensors are the CPU's."""
     autocast = torch.amp.autocast_mode.autocast
     original = autocast.__init__
-    library = torch.library.Library("aten", "IMPL", "AutocastCPU")
     registered = False
 
     def init(
@@ -118,14 +119,14 @@ def cuda_autocast() -> Iterator[None]:
         nonlocal registered
         if enabled and device_type in ("cuda", "cpu") and not registered:
             registered = True
-            _register(library)
+            _register(replace)
         if device_type == "cuda":
             device_type, dtype = "cpu", dtype if dtype is not None else torch.get_autocast_dtype("cuda")
         original(self, device_type, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled)
 
-    try:
-        autocast.__init__ = init  # type: ignore[method-assign]
-        yield
-    finally:
-        autocast.__init__ = original  # type: ignore[method-assign]
-        library._destroy()
+    with kernels_replaced("AutocastCPU") as replace:
+        try:
+            autocast.__init__ = init  # type: ignore[method-assign]
+            yield
+        finally:
+            autocast.__init__ = original  # type: ignore[method-assign]

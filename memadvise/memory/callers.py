@@ -6,17 +6,23 @@ import os
 import sys
 import sysconfig
 from functools import lru_cache
+from types import FrameType
+
+import torch
 
 import memadvise
 
 _MAX_FRAMES = 80
+_OPTIMIZERS = "/torch/optim/"
 _OUTERMOST = "trace_step"  # who calls it is not part of the traced program
 _OURS = os.path.dirname(os.path.abspath(memadvise.__file__)) + os.sep
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _STDLIB = tuple({os.path.abspath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib")})
 
 
 @lru_cache(maxsize=4096)
-def _is_user_file(path: str) -> bool:
+def is_user_file(path: str) -> bool:
+    """Whether a source file is the user's: not memadvise's, an installed package's or the standard library's."""
     if path.startswith("<"):
         return False
     path = os.path.abspath(path)
@@ -37,7 +43,7 @@ def user_line(*, below: str | None = None) -> str | None:
     frame = sys._getframe(1)
     for _ in range(_MAX_FRAMES):
         path = frame.f_code.co_filename
-        if _is_user_file(path):
+        if is_user_file(path):
             return f"{_shown(path)}:{frame.f_lineno}"
         if below is not None and below in path:
             return None
@@ -45,3 +51,20 @@ def user_line(*, below: str | None = None) -> str | None:
             return None
         frame = frame.f_back
     return None
+
+
+def reading_line() -> str | None:
+    """Where a host read was asked for: the user's line or, below none of theirs, that of the library which asked.
+
+    None for what torch's own optimizers read (their step count): it changes nothing.
+    """
+    line = user_line(below=_OPTIMIZERS)
+    frame: FrameType | None = sys._getframe(1)
+    while line is None and frame is not None:
+        path = frame.f_code.co_filename
+        if _OPTIMIZERS in path or (frame.f_code.co_name == _OUTERMOST and path.startswith(_OURS)):
+            return None
+        if "-packages" in path and not path.startswith((_TORCH, _OURS)):
+            line = f"{_shown(path)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return line

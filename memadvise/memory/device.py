@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from memadvise.errors import EnvironmentProblem
@@ -36,6 +37,32 @@ def device_facts() -> list[dict[str, Any]]:
     """One record per visible GPU or MIG instance, in CUDA's order; empty when there is none."""
     with _nvml() as (nvml, _):
         return _facts(nvml) if nvml is not None else []
+
+
+@dataclass(frozen=True)
+class DeviceUse:
+    """Memory of one device as NVML counts it now; ``own_bytes`` is this process's, None where NVML cannot say."""
+
+    total_bytes: int
+    used_bytes: int
+    own_bytes: int | None
+
+
+def device_use(uuid: str | None = None) -> DeviceUse | None:
+    """What is in use on the visible device with this UUID, as torch or NVML spells it; None when NVML does not answer.
+
+    Without a UUID it is the device that ``cuda:0`` would be.
+    """
+    with _nvml() as (nvml, _):
+        for handle, _ in _visible(nvml) if nvml is not None else ():
+            memory = _ask(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
+            known = _text(_ask(nvml, nvml.nvmlDeviceGetUUID, handle)) or ""
+            if memory is None or (uuid is not None and not known.endswith(uuid)):  # torch leaves out "GPU-" and "MIG-"
+                continue
+            running = _ask(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
+            own = [process.usedGpuMemory for process in running if process.pid == os.getpid()]
+            return DeviceUse(int(memory.total), int(memory.used), int(own[0]) if own and own[0] is not None else None)
+    return None
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ class Storage:
         where: ``file:line`` of the user's code, None if no user frame was on the stack.
         kind: its identity when known: weights, gradients, optimizer_state, buffers, inputs, workspace; else None.
         recomputed: born while a checkpointed module was computed again inside the backward pass.
+        communication: born as a buffer of a collective: its category, else ``""``.
+        dtype: torch's name of the dtype of the tensor first seen on it, ``""`` if unknown.
     """
 
     num_bytes: int
@@ -30,6 +32,8 @@ class Storage:
     where: str | None = None
     kind: str | None = None
     recomputed: bool = False
+    communication: str = ""
+    dtype: str = ""
 
 
 @dataclass
@@ -38,7 +42,8 @@ class Trace:
 
     ``events`` holds ``i`` for the birth of ``storages[i]`` and ``~i`` for its end. ``marks`` holds
     ``(index into events, phase)``: the phase of the events from that index on. ``start`` and ``stop`` delimit the
-    steady step. ``granularity`` is the allocator's rounding in bytes (1 = none).
+    steady step. ``granularity`` is the allocator's rounding in bytes (1 = none), ``assumed`` what is taken for granted
+    of the device (:meth:`.architecture.DeviceModel.to_assumed`).
     """
 
     device: str
@@ -50,8 +55,12 @@ class Trace:
     stop: int = 0
     optimizer: str = ""
     state_bytes: int = 0
+    batch: tuple[str, ...] = ()
     assumptions: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    assumed: dict[str, str] = field(default_factory=dict)
+    sharding: str = ""
+    on_real: bool = False
 
     def born(self, storage: Storage) -> int:
         """Record a birth; returns the storage's number."""

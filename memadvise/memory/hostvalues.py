@@ -3,11 +3,13 @@
 Integer and boolean tensors that derive from the batch or from constants alone carry their real values beside the
 fake tensor; masks, ids and lengths are a few kilobytes. A read (``.item()``, ``if x.any()``) or a shape that
 depends on values is answered from them. Everything else is answered by a fixed policy, and listed with its line:
-``x.all()`` is True, other booleans are False, numbers are 1.
+``x.all()`` is True, other booleans are False, numbers are 1. Every read is told with its line, known or guessed.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,10 +22,12 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memadvise.errors import TargetError
-from memadvise.memory.callers import user_line
+from memadvise.errors import TargetError, TargetRaised
+from memadvise.memory.callers import reading_line, user_line
+from memadvise.memory.kernels import FAKE_KERNELS
 
 _MAX_ELEMENTS = 1 << 20
+_MAX_VALUES = 3
 _ATTRIBUTE, _IS_ALL = "_memadvise_value", "_memadvise_is_all"
 _aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
@@ -44,6 +48,14 @@ _SHAPE_FROM_VALUES = {
     _aten.bincount.default,
     _aten.repeat_interleave.Tensor,
 }
+
+
+class NotOnFakes(TargetError):
+    """The step does something that fake tensors cannot go on from (exit 2)."""
+
+
+class AfterGuess(TargetRaised):
+    """The user's code raised, after it had read a value that was only guessed."""
 
 
 class _Value:
@@ -71,12 +83,14 @@ class HostValues(TorchDispatchMode):
     """The dispatch mode that keeps the values and answers the reads; it lies directly above the fake mode.
 
     Attributes:
-        guesses: one sentence per line of user code that read a value nobody knows here.
+        guesses: one sentence per line of code that read a value nobody knows here.
+        known: what lines of code read that follows from the batch and constants, line -> the first few values.
     """
 
     def __init__(self, fake_mode: FakeTensorMode) -> None:
         super().__init__()
         self.guesses: dict[str, None] = {}
+        self.known: dict[str, dict[str, None]] = {}
         self._fake_mode = fake_mode
         self._mutates: dict[Any, bool] = {}
 
@@ -96,6 +110,8 @@ class HostValues(TorchDispatchMode):
                 args = (args[0], [i for index in args[1] for i in self._nonzero(index)], *args[2:])
             elif func in _SHAPE_FROM_VALUES:
                 return self._dynamic(func, args, kwargs)
+            elif func in FAKE_KERNELS:
+                return FAKE_KERNELS[func](*args, **kwargs)
             if _value(first) is not None:
                 return self._follow(func, first, args, kwargs)
         elif first is None or not isinstance(first, torch.Tensor):
@@ -173,18 +189,48 @@ class HostValues(TorchDispatchMode):
 
     # ------------------------------------------------------------ reads
 
+    @contextlib.contextmanager
+    def blamed(self) -> Iterator[None]:
+        """An error of the program's own that comes after a guess may come of it: it becomes an :class:`AfterGuess`."""
+        try:
+            yield
+        except TargetRaised as error:
+            if not self.guesses:
+                raise
+            raise AfterGuess(error.message, where=error.where, hint=error.hint) from error.__cause__
+
+    def guessed_reads(self) -> list[str]:
+        """One sentence for every line that read what only a computation could tell."""
+        return list(self.guesses)
+
+    def known_reads(self) -> list[str]:
+        """One sentence for every line whose reads were answered with true values."""
+        return [
+            f"Host read: {line} reads {', '.join(values)}, known from the batch and constants."
+            for line, values in self.known.items()
+        ]
+
     def _guess(self, what: str) -> None:
-        # What torch's own optimizers read (the step count) changes nothing and is no line of the user's.
-        line = user_line(below="/torch/optim/")
+        line = reading_line()
         if line is not None:
             self.guesses[f"{line} reads {what}"] = None
+
+    def _know(self, what: Any) -> Any:
+        line = reading_line()
+        if line is not None:
+            values = self.known.setdefault(line, {})
+            if len(values) < _MAX_VALUES:
+                values[str(what)] = None
+            else:
+                values["..."] = None
+        return what
 
     def _read(self, x: FakeTensor) -> Any:
         value = _value(x)
         if value is not None:
-            return self._real(_READ, (value.tensor,), {})
+            return self._know(self._real(_READ, (value.tensor,), {}))
         if x.constant is not None:
-            return self._real(_READ, (x.constant,), {})
+            return self._know(self._real(_READ, (x.constant,), {}))
         if x.dtype is torch.bool:
             answer = hasattr(x, _IS_ALL)
             self._guess(f"a truth value that depends on computed numbers; assumed {answer}")
@@ -195,7 +241,7 @@ class HostValues(TorchDispatchMode):
     def _equal(self, left: Any, right: Any) -> bool:
         values = self._known((left, right), {})
         if values is not None:
-            return bool(self._real(_aten.equal.default, values[0], {}))
+            return bool(self._know(self._real(_aten.equal.default, values[0], {})))
         self._guess("whether two computed tensors are equal; assumed False")
         return False
 
@@ -218,6 +264,7 @@ class HostValues(TorchDispatchMode):
         if values is None:
             raise _unknown_shape(func)
         real = self._real(func, *values)
+        self._know(f"a shape ({func})")
         with unset_fake_temporarily():
             reals = real if isinstance(real, list | tuple) else (real,)
         fakes = [self._fake_mode.from_tensor(r) for r in reals]
@@ -226,8 +273,8 @@ class HostValues(TorchDispatchMode):
         return fakes[0] if isinstance(real, torch.Tensor) else tuple(fakes)
 
 
-def _unknown_shape(func: Any) -> TargetError:
-    return TargetError(
+def _unknown_shape(func: Any) -> NotOnFakes:
+    return NotOnFakes(
         f"{user_line() or 'the step'} calls {func}, whose result has a shape that depends on computed numbers; "
         "without computing them the memory of the step is not known",
         hint="use an operation of fixed shape (torch.where, masked_fill), or measure on the real machine",

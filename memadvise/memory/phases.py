@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -29,6 +29,8 @@ class Phases:
         on_stepped: called with the optimizer after each of its steps.
         on_module: called with the name of the module that runs now ("" for none), whenever it changes.
     """
+
+    running: ClassVar[Phases | None] = None  # the one that is hooked now, for what runs modules in its own way
 
     def __init__(
         self,
@@ -53,6 +55,11 @@ class Phases:
         if phase != self.phase:
             self.phase = phase
             self._on_phase(phase)
+
+    @property
+    def in_engine(self) -> bool:
+        """Whether the autograd engine runs, which has a thread of its own on CUDA."""
+        return self._engine_depth > 0
 
     @property
     def recomputing(self) -> bool:
@@ -82,11 +89,13 @@ class Phases:
             register_optimizer_step_post_hook(self._optimizer_leaves),
         ]
         autograd._engine_run_backward = run_backward
+        outside, Phases.running = Phases.running, self
         try:
             with warnings.catch_warnings():  # the hooks are ours, and a repeated call of one does no harm
                 warnings.filterwarnings("ignore", message=".*torch.compile.* when there are global hooks on modules")
                 yield
         finally:
+            Phases.running = outside
             autograd._engine_run_backward = run_engine
             for handle in handles:
                 handle.remove()

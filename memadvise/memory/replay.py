@@ -15,8 +15,12 @@ import bisect
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from memadvise.ledger import CATEGORIES, PHASES, LiveTensor, MemoryLedger, PhasePeak
+from memadvise.ledger import CATEGORIES, PHASES, LiveGroup, LiveTensor, MemoryLedger, PhasePeak
+from memadvise.memory.allocator import EXPANDABLE, reservation
+from memadvise.memory.allocator_config import AllocatorConfig
+from memadvise.memory.architecture import from_assumed
 from memadvise.memory.events import Trace
+from memadvise.memory.overhead import device_overhead
 from memadvise.plan.schema import Switches
 
 MAX_TIMELINE_POINTS = 2000
@@ -34,35 +38,40 @@ def build_ledger(
     """
     categories = categorize(trace)
     replay = _replay(trace, categories)
-    live = sorted(replay.live_at_peak, key=trace.size, reverse=True)
-    by_module: dict[str, Counter[str]] = defaultdict(Counter)
-    for number in live:
-        by_module[_module(trace, number, categories[number])][categories[number]] += trace.size(number)
-    by_category = replay.by_category[replay.peak_phase]
+    live = sorted(replay.alive[replay.peak_phase], key=trace.size, reverse=True)
+    phases = {
+        phase: PhasePeak(phase, replay.peak[phase], *_sums(trace, categories, replay.alive[phase]))
+        for phase in PHASES
+        if phase in replay.peak
+    }
+    highest = phases[replay.peak_phase]
+    on_cuda = trace.device == "cuda" and source != "measure"
     return MemoryLedger(
         source=source,
         device=trace.device,
         optimizer=optimizer,
         micro_batches=switches.micro_batches,
         checkpoint=tuple(switches.checkpoint),
-        peak_bytes=replay.peak[replay.peak_phase],
+        peak_bytes=highest.peak_bytes,
         peak_phase=replay.peak_phase,
         state_bytes=trace.state_bytes,
-        by_category=_ordered(by_category),
-        by_module={
-            module: _ordered(counts)
-            for module, counts in sorted(by_module.items(), key=lambda item: item[1].total(), reverse=True)
-        },
-        phases=tuple(
-            PhasePeak(phase, replay.peak[phase], _ordered(replay.by_category[phase]))
-            for phase in PHASES
-            if phase in replay.peak
-        ),
+        by_category=highest.by_category,
+        by_module=highest.by_module,
+        phases=tuple(phases.values()),
         live_at_peak=tuple(_live(trace, number, categories[number]) for number in live[:MAX_LIVE_TENSORS]),
         timeline=thin(replay.levels, MAX_TIMELINE_POINTS),
         num_events=trace.stop - trace.start,
         assumptions=tuple(trace.assumptions),
         warnings=(*trace.warnings, *warnings),
+        reserved=tuple(reservation(trace, config) for config in (AllocatorConfig(), EXPANDABLE)) if on_cuda else (),
+        overhead=device_overhead(from_assumed(trace.device, trace.assumed)) if on_cuda else (),
+        live_groups=_groups(trace, live, categories),
+        batch=trace.batch,
+        gradient_release=switches.gradient_release,
+        weights=switches.weights,
+        assumed=trace.assumed,
+        sharding=trace.sharding,
+        on_real=trace.on_real,
     )
 
 
@@ -81,6 +90,8 @@ def categorize(trace: Trace) -> list[str]:
         born, died = birth[number], death.get(number, never)
         if storage.kind is not None:
             category = storage.kind
+        elif storage.communication:
+            category = storage.communication
         elif born < trace.start and died >= trace.stop:
             category = "buffers"
         elif storage.recomputed:
@@ -99,8 +110,7 @@ def categorize(trace: Trace) -> list[str]:
 class _Replay:
     peak_phase: str
     peak: dict[str, int]  # by phase
-    by_category: dict[str, Counter[str]]  # by phase, at that phase's peak
-    live_at_peak: set[int]
+    alive: dict[str, set[int]]  # by phase, at that phase's peak
     levels: list[int]  # live bytes after each event of the steady step
 
 
@@ -134,19 +144,25 @@ def _replay(trace: Trace, categories: list[str]) -> _Replay:
             levels.append(level)
             note(at + 1)
     peak_phase = max(peak, key=lambda name: peak[name])
-    by_category: dict[str, Counter[str]] = {}
-    live_at_peak: set[int] = set()
+    alive_at: dict[str, set[int]] = {}
     for name in peak:
         alive = set(base)
         for event in trace.events[trace.start : where[name]]:
             alive.add(event) if event >= 0 else alive.discard(~event)
-        counts: Counter[str] = Counter()
-        for number in alive:
-            counts[categories[number]] += sizes[number]
-        by_category[name] = counts
-        if name == peak_phase:
-            live_at_peak = alive
-    return _Replay(peak_phase, peak, by_category, live_at_peak, levels)
+        alive_at[name] = alive
+    return _Replay(peak_phase, peak, alive_at, levels)
+
+
+def _sums(trace: Trace, categories: list[str], alive: set[int]) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """Bytes by category, and by module (largest first) and category."""
+    by_category: Counter[str] = Counter()
+    by_module: dict[str, Counter[str]] = defaultdict(Counter)
+    for number in sorted(alive):
+        category, size = categories[number], trace.size(number)
+        by_category[category] += size
+        by_module[_module(trace, number, category)][category] += size
+    largest_first = sorted(by_module.items(), key=lambda item: item[1].total(), reverse=True)
+    return _ordered(by_category), {module: _ordered(counts) for module, counts in largest_first}
 
 
 def thin(levels: list[int], limit: int) -> tuple[tuple[int, int], ...]:
@@ -176,7 +192,20 @@ def _module(trace: Trace, number: int, category: str) -> str:
 def _live(trace: Trace, number: int, category: str) -> LiveTensor:
     storage = trace.storages[number]
     module = _module(trace, number, category)
-    return LiveTensor(trace.size(number), category, module, storage.op, storage.phase, storage.where)
+    return LiveTensor(trace.size(number), category, module, storage.op, storage.phase, storage.where, storage.dtype)
+
+
+def _groups(trace: Trace, live: list[int], categories: list[str]) -> tuple[LiveGroup, ...]:
+    """All that is alive, storages that are alike together, the most bytes first."""
+    counts: Counter[tuple[str, str, str, str, str | None]] = Counter()
+    sizes: Counter[tuple[str, str, str, str, str | None]] = Counter()
+    for number in live:
+        storage, category = trace.storages[number], categories[number]
+        key = (category, _module(trace, number, category), storage.op, storage.dtype, storage.where)
+        counts[key] += 1
+        sizes[key] += trace.size(number)
+    order = sorted(sizes, key=lambda key: (-sizes[key], *(part or "" for part in key)))
+    return tuple(LiveGroup(*key, count=counts[key], num_bytes=sizes[key]) for key in order)
 
 
 def _ordered(counts: Counter[str]) -> dict[str, int]:

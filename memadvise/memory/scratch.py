@@ -1,7 +1,8 @@
 """Scratch memory that kernels take from the allocator without the dispatcher seeing it.
 
-CUDA: formulas from the kernels' sources. CPU: what oneDNN takes depends on the processor, so the kernels known to
-take some are run once per shape on zeros, alone, and the allocator is watched; large ones are left out.
+CUDA: formulas from the kernels' sources (:mod:`.cuda_scratch`). CPU: what oneDNN takes depends on the processor, so
+the kernels known to take some are run once per shape on zeros, alone, and the allocator is watched; large ones are left
+out.
 """
 
 from __future__ import annotations
@@ -16,43 +17,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
 from memadvise.memory.allocator_log import allocator_log
+from memadvise.memory.architecture import DeviceModel
+from memadvise.memory.cuda_scratch import CONVOLUTIONS, FORMULAS, convolution_copies, num_bytes
+from memadvise.units import format_bytes
 
 _aten = torch.ops.aten
 _MAX_MEASURED_BYTES = 1 << 27
 _HALF = (torch.float16, torch.bfloat16)
-
-
-def _num_bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _flash_backward(args: tuple[Any, ...]) -> list[int]:
-    """FlashAttention-2: fp32 accumulator of dq, row sums, and dk, dv per query head when queries are grouped."""
-    query, key = args[1], args[2]
-    batch, heads, length, head_dim = query.shape
-    rows = -(-length // 128) * 128
-    columns = -(-head_dim // 32) * 32 if head_dim <= 192 else 256
-    scratch = [4 * batch * rows * heads * columns, 4 * batch * heads * rows]
-    if key.shape[1] != heads:
-        scratch += [query.element_size() * batch * key.shape[2] * heads * head_dim] * 2
-    return scratch
-
-
-def _efficient_backward(args: tuple[Any, ...]) -> list[int]:
-    """The row sums in fp32, and the fp32 accumulator of dq when the output is narrower."""
-    query = args[1]
-    batch, heads, length, head_dim = query.shape
-    rows = 4 * batch * heads * length
-    return [rows] if query.dtype is torch.float32 else [rows, rows * head_dim]
-
-
-def _contiguous_copies(*positions: int) -> Callable[[tuple[Any, ...]], list[int]]:
-    """Kernels that begin with ``input.contiguous()``."""
-
-    def scratch(args: tuple[Any, ...]) -> list[int]:
-        return [_num_bytes(args[i]) for i in positions if not args[i].is_contiguous()]
-
-    return scratch
 
 
 def _elements_bytes(args: tuple[Any, ...]) -> int:
@@ -88,16 +59,7 @@ _ANY_DEVICE: dict[Any, Callable[[tuple[Any, ...]], list[int]]] = {
     _aten.smooth_l1_loss.default: _every_element,
     _aten.huber_loss.default: _every_element,
     _aten.binary_cross_entropy_with_logits.default: lambda args: [_elements_bytes(args)] * 2,
-    _aten.logsumexp.default: lambda args: [_num_bytes(args[0])],  # exp(x - max)
-}
-_CUDA: dict[Any, Callable[[tuple[Any, ...]], list[int]]] = {
-    _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
-    _aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
-    _aten.native_layer_norm.default: _contiguous_copies(0),
-    _aten.native_layer_norm_backward.default: _contiguous_copies(0, 1),
-    _aten.native_group_norm.default: _contiguous_copies(0),
-    _aten._softmax.default: _contiguous_copies(0),
-    _aten._log_softmax.default: _contiguous_copies(0),
+    _aten.logsumexp.default: lambda args: [num_bytes(args[0])],  # exp(x - max)
 }
 _MEASURED_ON_CPU = {
     _aten.convolution.default,
@@ -125,18 +87,26 @@ class KernelScratch:
     Attributes:
         measured: how many kernels were run to learn their scratch.
         skipped: how many were too large for that, or would not run on zeros.
+        convolution_copies: the most bytes that a convolution may take beyond what is counted.
     """
 
-    def __init__(self, device: str) -> None:
-        self._cuda = device == "cuda"
+    def __init__(self, model: DeviceModel) -> None:
+        self._model = model
+        self._cuda = model.is_cuda
         self.measured = 0
         self.skipped = 0
+        self.convolution_copies = 0
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> list[int]:
         """Bytes of each scratch block that ``func`` holds while it runs; empty for most operations."""
-        formula = _ANY_DEVICE.get(func) or (_CUDA.get(func) if self._cuda else None)
-        if formula is not None or self._cuda:
-            return formula(args) if formula is not None else []
+        formula = _ANY_DEVICE.get(func)
+        if formula is not None:
+            return formula(args)
+        if self._cuda:
+            if func in CONVOLUTIONS:
+                self.convolution_copies = max(self.convolution_copies, convolution_copies(args))
+            of_cuda = FORMULAS.get(func)
+            return of_cuda(args, kwargs or {}, self._model) if of_cuda is not None else []
         if func in _MEASURED_ON_CPU or (func in _MATRIX_PRODUCTS and args[-1].dtype in _HALF):
             scratch = self._learn(func, args, kwargs or {}).scratch
             return [scratch] if scratch else []
@@ -154,7 +124,7 @@ class KernelScratch:
         key = (func, *(_signature(x) for x in leaves))
         learned = _learned.get(key)
         if learned is None:
-            if sum(_num_bytes(x) for x in leaves if isinstance(x, torch.Tensor)) > _MAX_MEASURED_BYTES:
+            if sum(num_bytes(x) for x in leaves if isinstance(x, torch.Tensor)) > _MAX_MEASURED_BYTES:
                 self.skipped += 1
                 return _Learned()
             try:
@@ -169,7 +139,16 @@ class KernelScratch:
     def assumptions(self) -> list[str]:
         """How the numbers came about, one sentence each."""
         if self._cuda:
-            return ["Scratch inside attention and normalisation kernels follows their sources; cuDNN's is not counted."]
+            said = ["Scratch inside attention, normalisation, embedding, indexing, sorting and matrix kernels follows "
+                    "their sources."]  # fmt: skip
+            if self.convolution_copies:
+                counted = format_bytes(self._model.cudnn_workspace or 0)
+                said.append(
+                    f"cuDNN's workspace is counted as {counted} for a convolution; kernels that want another layout "
+                    f"take up to {format_bytes(self.convolution_copies)} here, and with cudnn.benchmark more (--assume "
+                    "cudnn_workspace=)."
+                )
+            return said
         said = ["Sizes are exact bytes as on the CPU; scratch inside convolution, normalisation, attention and "
                 "half-precision matrix kernels is what those kernels take on this machine."]  # fmt: skip
         if self.skipped:
@@ -207,7 +186,7 @@ def _run_alone(func: Any, args: Any, kwargs: Any) -> _Learned:
         real_args, real_kwargs = tree_map(real, (args, kwargs))
         with allocator_log() as log:
             kept = func(*real_args, **real_kwargs)
-        workspace = _num_bytes(kept[_WORKSPACE]) if func is _LSTM else 0
+        workspace = num_bytes(kept[_WORKSPACE]) if func is _LSTM else 0
         del kept  # after the log has closed: what is returned is not scratch
     level = peak = 0
     for size in log.sizes():

@@ -23,15 +23,19 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-from memadvise.errors import UsageError
+from memadvise.memory.architecture import DeviceModel
 from memadvise.memory.attention import cuda_attention
 from memadvise.memory.autocast import cuda_autocast
+from memadvise.memory.cuda_calls import cuda_calls
+from memadvise.memory.dispatch import kernels_replaced
+from memadvise.memory.kernels import composites_as_they_run
+from memadvise.memory.rms_norm import cuda_rms_norm, fuses
 
-CUDA_GRANULARITY = 512  # c10's kMinBlockSize: every allocation is a multiple of it
 _HALF = (torch.float16, torch.bfloat16)
 _aten = torch.ops.aten
 _ATTENTION_KERNELS = {
-    "flash": "flash (or cuDNN, which keeps the same tensors)",
+    "cudnn": "cuDNN",
+    "flash": "flash",
     "efficient": "memory-efficient",
     "math": "math (keeps the whole attention matrix)",
 }
@@ -41,41 +45,30 @@ _ATTENTION_KERNELS = {
 class Semantics:
     """What the layer did, for the assumptions of the ledger."""
 
-    device: str
+    model: DeviceModel
     attention: Counter[str] = field(default_factory=Counter)
     foreach_by_default: bool = False
     fused_dropout: bool = False
 
     @property
-    def granularity(self) -> int:
-        return CUDA_GRANULARITY if self.device == "cuda" else 1
+    def device(self) -> str:
+        return self.model.device
 
     def assumptions(self) -> list[str]:
         """One sentence for each."""
         if self.device == "cpu":
             return []
         said = [
-            "Sizes are rounded up to 512 bytes, as the CUDA caching allocator does.",
-            "Not counted: the CUDA context, cuBLAS and cuDNN workspaces, and memory the allocator reserves but does "
-            "not use.",
+            *self.model.sentences(),
             "The batch is on the device for the whole step, and only the batch of that step.",
         ]
         for kernel, count in sorted(self.attention.items()):
-            said.append(f"Attention: the {_ATTENTION_KERNELS[kernel]} kernel, {count // 2 or count} calls a step.")
+            said.append(
+                f"Attention: the {_ATTENTION_KERNELS[kernel]} kernel, {count // 2 or count} calls a step (--attention)."
+            )
         if self.fused_dropout:
             said.append("Dropout is the fused CUDA kernel: it keeps one byte an element.")
         return said
-
-
-def check_device(device: str) -> str:
-    """``"cuda"`` or ``"cpu"``.
-
-    Raises:
-        UsageError: another device.
-    """
-    if device not in ("cuda", "cpu"):
-        raise UsageError(f"'{device}' is not a device that can be estimated", hint="use cuda or cpu")
-    return device
 
 
 class _Patches:
@@ -88,7 +81,10 @@ class _Patches:
     def set(self, owner: Any, name: str, value: Any) -> None:
         if (id(owner), name) not in self._done:
             self._done.add((id(owner), name))
-            self._stack.callback(setattr, owner, name, getattr(owner, name))
+            if name in vars(owner):
+                self._stack.callback(setattr, owner, name, vars(owner)[name])
+            else:  # inherited
+                self._stack.callback(delattr, owner, name)
             setattr(owner, name, value)
 
     def undo(self) -> None:
@@ -96,17 +92,23 @@ class _Patches:
 
 
 @contextlib.contextmanager
-def device_semantics(device: str) -> Iterator[tuple[Semantics, Callable[[], None]]]:
+def device_semantics(model: DeviceModel, *, fakes: bool = True) -> Iterator[tuple[Semantics, Callable[[], None]]]:
     """Change torch for building and running a model on fake tensors; leave it exactly as it was afterwards.
+
+    Args:
+        model: the device whose semantics they are.
+        fakes: False for real CPU tensors, which need nothing of what fakes need to be built.
 
     Yields:
         the record of what was assumed, and a function to call when more modules may have been imported (patches
         for libraries the model brings along).
     """
-    semantics = Semantics(check_device(device))
+    semantics = Semantics(model)
     patches = _Patches()
 
     def patch_libraries() -> None:
+        if not fakes:
+            return
         for name, module in sys.modules.copy().items():  # a copy at once: another thread may be importing
             # transformers asks "is this a fake tensor?" and then keeps masks that a real step never makes.
             if name.startswith("transformers.") and name.endswith(("masking_utils", "modeling_attn_mask_utils")):
@@ -115,19 +117,36 @@ def device_semantics(device: str) -> Iterator[tuple[Semantics, Callable[[], None
 
     with contextlib.ExitStack() as stack:
         stack.callback(patches.undo)
-        patches.set(nn.Module, "_apply", _apply_to_fakes)
-        patches.set(torch.Tensor, "__deepcopy__", _deepcopy_fakes(torch.Tensor.__deepcopy__))
-        for name, function in list(vars(nn.init).items()):
-            if callable(function) and name.endswith("_") and not name.startswith("_"):
-                patches.set(nn.init, name, _leave)  # nobody reads the numbers
+        if fakes:
+            patches.set(nn.Module, "_apply", _apply_to_fakes)
+            patches.set(torch.Tensor, "__deepcopy__", _deepcopy_fakes(torch.Tensor.__deepcopy__))
+            for name, function in list(vars(nn.init).items()):
+                if callable(function) and name.endswith("_") and not name.startswith("_"):
+                    patches.set(nn.init, name, _leave)  # nobody reads the numbers
+        stack.enter_context(composites_as_they_run())
         if semantics.device == "cuda":
             _patch_optimizers(patches, semantics)
-            _patch_cuda_module(patches)
+            for owner, name, stand_in in cuda_calls(model):
+                if hasattr(owner, name):  # not every torch has every function
+                    patches.set(owner, name, stand_in)
             stack.enter_context(cuda_autocast())
             stack.enter_context(_cuda_kernels(semantics))
             stack.enter_context(CudaDevices())
         patch_libraries()
         yield semantics, patch_libraries
+
+
+@contextlib.contextmanager
+def cuda_stood_in_for(model: DeviceModel) -> Iterator[None]:
+    """While open, what asks for CUDA gets the CPU and the assumed device's answers; for batches, which are real."""
+    patches = _Patches()
+    with contextlib.ExitStack() as stack:
+        stack.callback(patches.undo)
+        for owner, name, stand_in in cuda_calls(model):
+            if hasattr(owner, name):
+                patches.set(owner, name, stand_in)
+        stack.enter_context(CudaDevices())
+        yield
 
 
 @contextlib.contextmanager
@@ -145,7 +164,7 @@ def random_state_kept() -> Iterator[None]:
 
 
 def _is_not_tracing(tensor: Any = None) -> bool:
-    return False
+    return torch.compiler.is_compiling()  # so it would be in a real step, compiled or not
 
 
 def _leave(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -204,18 +223,13 @@ def _patch_optimizers(patches: _Patches, semantics: Semantics) -> None:
         semantics.foreach_by_default |= foreach
         return (use_fused and not differentiable), foreach
 
+    supported = "_get_foreach_kernels_supported_devices"  # what gradient clipping and averaged weights ask
     for name, module in list(sys.modules.items()):
+        if name.startswith(("torch.utils._foreach_utils", "torch.optim.")) and supported in vars(module):
+            patches.set(module, supported, lambda: ["cpu"])
         if name.startswith("torch.optim.") and "_default_to_fused_or_foreach" in vars(module):
             patches.set(module, "_default_to_fused_or_foreach", default)
-
-
-def _patch_cuda_module(patches: _Patches) -> None:
-    """Calls that a training script makes around a step, where there may be no CUDA at all."""
-    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats", "set_device"):
-        patches.set(torch.cuda, name, lambda *args, **kwargs: None)
-    counters = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
-    for name in ("current_device", *counters):
-        patches.set(torch.cuda, name, lambda *args, **kwargs: 0)
+    patches.set(nn.utils.clip_grad, "_has_foreach_support", lambda tensors, device: True)
 
 
 def _is_cuda(value: Any) -> bool:
@@ -262,7 +276,7 @@ def _cuda_kernels(semantics: Semantics) -> Iterator[None]:
     """
 
     def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return cuda_attention(*args, **kwargs, used=semantics.attention)
+        return cuda_attention(*args, **kwargs, model=semantics.model, used=semantics.attention)
 
     def dropout(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
         if not train or p == 0 or x.numel() == 0:
@@ -280,12 +294,11 @@ def _cuda_kernels(semantics: Semantics) -> Iterator[None]:
 
         return run
 
-    library = torch.library.Library("aten", "IMPL", "AutogradCPU")
-    try:
-        library.impl("scaled_dot_product_attention", attention)
-        library.impl("dropout", dropout)
-        library.impl("softmax.int", softmax(_aten._softmax))
-        library.impl("log_softmax.int", softmax(_aten._log_softmax))
+    with kernels_replaced("AutogradCPU") as replace:
+        replace("scaled_dot_product_attention", attention)
+        replace("dropout", dropout)
+        replace("softmax.int", softmax(_aten._softmax))
+        replace("log_softmax.int", softmax(_aten._log_softmax))
+        if fuses(semantics.model):
+            replace("rms_norm", cuda_rms_norm)
         yield
-    finally:
-        library._destroy()

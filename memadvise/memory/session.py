@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, is_fake
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from memadvise.errors import TargetError
+from memadvise.memory.architecture import DeviceModel, device_model
 from memadvise.memory.hostvalues import HostValues, attach_value
-from memadvise.memory.semantics import CudaDevices, Semantics, check_device, device_semantics, random_state_kept
+from memadvise.memory.kept_torch import KeptTorch, torch_kept
+from memadvise.memory.semantics import Semantics, cuda_stood_in_for, device_semantics, random_state_kept
+from memadvise.memory.tensors import dtype_name, storage_parts
 from memadvise.target import Target
 
 
@@ -37,29 +44,97 @@ def tensors_of(batch: Any) -> list[torch.Tensor]:
     return found
 
 
+def describe_batch(batch: Any) -> tuple[str, ...]:
+    """Dtype and shape of every tensor of a batch: ``("int64[8, 64]", "float32[8]")``."""
+    return tuple(f"{dtype_name(tensor.dtype)}{list(tensor.shape)}" for tensor in tensors_of(batch))
+
+
 def own_copy(batch: Any) -> Any:
     """The batch with memory of its own for every tensor, as after a move to the device: views keep no larger
     data set alive.
+
+    Raises:
+        TargetError: a tensor has no data.
     """
-    return map_tensors(batch, lambda tensor: tensor.detach().clone())
+
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type == "meta":
+            raise TargetError(
+                f'a batch of the target has a tensor of shape {list(tensor.shape)} on the device "meta", without data',
+                hint="make batches on the CPU (or on CUDA): their numbers decide masks, lengths and routes",
+            )
+        return tensor.detach().clone()
+
+    return map_tensors(batch, own)
+
+
+class Built(TorchDispatchMode):
+    """While open, notes the memory that operations make; what outlives the building is a part of the program, also
+    where the model does not hold it: a teacher in a closure, a table in a global.
+
+    Args:
+        fakes: whether fake tensors are what counts, or real ones.
+    """
+
+    def __init__(self, *, fakes: bool) -> None:
+        super().__init__()
+        self._fakes = fakes
+        self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            for part in storage_parts(out):
+                if isinstance(part, FakeTensor) is not self._fakes:
+                    continue
+                storage = part.untyped_storage()
+                self._storages[storage._cdata] = weakref.ref(storage), part.ndim
+        return out
+
+    def strangers(self, known: Callable[[torch.UntypedStorage], object]) -> Iterator[tuple[torch.UntypedStorage, int]]:
+        """The memory that the program still holds in tensors and that is not ``known``, and the number of dimensions
+        of what it was made for.
+        """
+        storages = ((ref(), dimensions) for ref, dimensions in self._storages.values())
+        unknown = [(s, dimensions) for s, dimensions in storages if s is not None and not known(s)]
+        if unknown:
+            gc.collect()  # what only cycles hold is there for a moment
+            held = set()  # torch.load keeps memory of fakes that no tensor has any more
+            for found in gc.get_objects():
+                if issubclass(type(found), torch.Tensor):
+                    with contextlib.suppress(NotImplementedError, RuntimeError):  # no memory of that kind behind it
+                        held |= {part.untyped_storage()._cdata for part in storage_parts(found)}
+            yield from ((s, dimensions) for s, dimensions in unknown if s._cdata in held)
 
 
 @dataclass(frozen=True)
-class FakeSession:
-    """A model and batches made of fake tensors; unpacks as ``model, batches``."""
+class Session:
+    """A model and batches to run steps on; unpacks as ``model, batches``.
+
+    Attributes:
+        built: what building the model has made.
+        kept_torch: torch as it was before.
+        host_values: what was read back from fake tensors; None where the tensors are real.
+        fake_mode: that of the fake tensors; None where they are real.
+    """
 
     model: nn.Module
     batches: list[Any]
     semantics: Semantics
-    host_values: HostValues
+    built: Built
+    kept_torch: KeptTorch
+    host_values: HostValues | None = None
+    fake_mode: FakeTensorMode | None = None
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.batches))
 
 
 @contextlib.contextmanager
-def fake_session(target: Target, device: str = "cuda", *, batches: int | Sequence[Any] = 2) -> Iterator[FakeSession]:
-    """Build ``target`` under FakeTensorMode with the semantics of ``device`` ("cuda" or "cpu") while open.
+def fake_session(
+    target: Target, device: str | DeviceModel = "cuda", *, batches: int | Sequence[Any] = 2
+) -> Iterator[Session]:
+    """Build ``target`` under FakeTensorMode with the semantics of ``device`` ("cuda", "cpu" or a model) while open.
 
     Batches (the first so many of the target, or the given ones) are built for real first; their integer and boolean
     tensors keep their values for host reads. Afterwards the random state of torch and Python is as before, and so
@@ -68,13 +143,14 @@ def fake_session(target: Target, device: str = "cuda", *, batches: int | Sequenc
     Raises:
         TargetError, TargetRaised: from the target's own functions. UsageError: an unknown device.
     """
-    check_device(device)
+    assumed = device_model(device)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     with contextlib.ExitStack() as stack:
+        kept_torch = stack.enter_context(torch_kept())
         stack.enter_context(random_state_kept())
         stack.enter_context(_failures_unlogged())
-        real_batches = [own_copy(batch) for batch in _real_batches(target, device, batches)]
-        semantics, patch_libraries = stack.enter_context(device_semantics(device))
+        real_batches = [own_copy(batch) for batch in batches_of(target, assumed, batches)]
+        semantics, patch_libraries = stack.enter_context(device_semantics(assumed))
 
         def fake(tensor: torch.Tensor) -> torch.Tensor:
             made = fake_mode.from_tensor(tensor.cpu())
@@ -85,9 +161,11 @@ def fake_session(target: Target, device: str = "cuda", *, batches: int | Sequenc
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code allocates out of sight
         stack.enter_context(fake_mode)
         host_values = stack.enter_context(HostValues(fake_mode))
-        model = _on_fakes(target.model(), fake_mode)
+        stack.enter_context(host_values.blamed())
+        with Built(fakes=True) as built:
+            model = _on_fakes(target.model(), fake_mode)
         patch_libraries()
-        yield FakeSession(model, fake_batches, semantics, host_values)
+        yield Session(model, fake_batches, semantics, built, kept_torch, host_values, fake_mode)
 
 
 @contextlib.contextmanager
@@ -101,11 +179,12 @@ def _failures_unlogged() -> Iterator[None]:
         log.disabled = disabled
 
 
-def _real_batches(target: Target, device: str, batches: int | Sequence[Any]) -> Sequence[Any]:
+def batches_of(target: Target, model: DeviceModel, batches: int | Sequence[Any]) -> Sequence[Any]:
     """The target's batches; those that it puts on CUDA stay on the CPU where there is no CUDA."""
     if not isinstance(batches, int):
         return batches
-    with CudaDevices() if device == "cuda" and not torch.cuda.is_available() else contextlib.nullcontext():
+    without = model.is_cuda and not torch.cuda.is_available()
+    with cuda_stood_in_for(model) if without else contextlib.nullcontext():
         return target.batches(batches)
 
 

@@ -174,6 +174,14 @@ def _encoded(recipe: Recipe, name: str, value: Tensor) -> Tensors:
     return {coded.names[suffix]: code for suffix, code in codes.items()}
 
 
+def stored(resolved: Resolved, logical: Mapping[str, Tensor]) -> Tensors:
+    """Logical state as it is stored: encoded where a codec holds it. New tensors."""
+    found: Tensors = {}
+    for name, value in logical.items():
+        found.update(_encoded(resolved.recipe, name, value.clone()))
+    return found
+
+
 # ---------------------------------------------------------------- settings as a state dict names them
 
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from memadvise.errors import Mark, MemadviseError, OptimizerError, PlanError
 from memadvise.names import canonical_name, matches, repeat_pattern
+from memadvise.optim import holding, release
 from memadvise.optim.int8_weights import Int8Weight, holdable, quantize_weights
 from memadvise.optim.optimizer import MemadviseOptimizer
 from memadvise.optim.registry import fitted, method_info, problems_of
 from memadvise.optim.weights import FORMS, Int8, Nearest
-from memadvise.plan.schema import ModelShape, Plan, Rule, Setting
+from memadvise.plan.schema import ModelShape, Plan, Rule, Setting, Switches
 
 _SHOWN = 4
 
@@ -31,11 +32,15 @@ def create_optimizer(
     eps: float | None = None,
     executor: str | None = None,
     param_groups: Iterable[Any] | None = None,
-) -> MemadviseOptimizer:
+    switches: Switches | None = None,
+) -> MemadviseOptimizer | release.ReleasedOptimizer:
     """The optimizer that executes ``plan`` on the trainable parameters of ``model``.
 
     Parameters for which the plan says ``weights: int8`` are replaced in the model (:func:`quantize_weights`), which
     must happen before groups, hooks or a checkpoint's weights take hold of them; where that was done, nothing changes.
+    Under ``switches.weights`` (:mod:`memadvise.optim.holding`) that holds for the whole model, and under
+    ``switches.gradient_release`` the optimizer steps inside backward (:func:`memadvise.optim.release.attach`); the loop
+    stays as it is. The other switches are lines of the loop: ``apply_checkpoint`` and ``split_batch``.
 
     Args:
         model: its trainable parameters are optimized, tied ones once; frozen ones are left alone.
@@ -51,12 +56,13 @@ def create_optimizer(
         param_groups: your own groups of the model's parameters (tensors or named pairs), kept in number and order, but
             that a group of several ``lr_factor`` is as many, one behind the other; each multiplies the group's ``lr``.
             Default one group with every trainable parameter. Not with parameters that are yet to be held in int8.
+        switches: to be executed instead of the plan's own.
 
     Raises:
         PlanError: every mistake of the plan, at once, with its place in the file.
         OptimizerError: a hyper-parameter out of range, or a group with a parameter that is not of the model.
     """
-    trainable, settings, factors = _bound(model, plan)
+    trainable, settings, factors, switches = _bound(model, plan, switches)
     methods = {settings.method} if isinstance(settings, Setting) else {s.method for s in settings.values()}
     method = method_info(methods.pop() if len(methods) == 1 else "adamw").method
     betas = method.default_betas if betas is None else betas
@@ -78,31 +84,39 @@ def create_optimizer(
                 f"group {index} holds {lost[0]}, which weights: int8 would replace by another parameter",
                 hint="call memadvise.optim.quantize_weights(model, ...) first, then make the groups",
             )
+    if switches.weights is not None and not isinstance(settings, Setting):
+        holding.cast(model, settings, switches.weights)
     if narrowed and given is None:
         stand_ins = {name: Int8Weight.from_float(trainable[name].detach().to("meta")) for name in narrowed}
         make({**trainable, **stand_ins})  # whatever is wrong is said before the model changes
         trainable.clear()  # nothing else should keep the floats
         quantize_weights(model, narrowed)
         trainable = {name: p for name, p in _named(model).items() if p.requires_grad}
-    return make(trainable)
+    optimizer = make(trainable)
+    return release.attach(model, lambda _: optimizer) if switches.gradient_release else optimizer
 
 
-def hold_weights(model: nn.Module, plan: str | Path | Plan | Setting) -> list[str]:
+def hold_weights(model: nn.Module, plan: str | Path | Plan | Setting, *, switches: Switches | None = None) -> list[str]:
     """Replace the parameters for which ``plan`` says ``weights: int8``, as :func:`create_optimizer` does; their names.
 
-    For what must happen between the two: hooks, groups, a wrapper, a checkpoint.
+    For what must happen between the two: hooks, groups, a wrapper, a checkpoint. With ``switches.weights`` (default the
+    plan's own) of a bfloat16 form, a float32 model is cast.
 
     Raises:
         PlanError, OptimizerError: as create_optimizer.
     """
-    trainable, settings, _ = _bound(model, plan)
+    trainable, settings, _, switches = _bound(model, plan, switches)
+    if switches.weights is not None and not isinstance(settings, Setting):
+        holding.cast(model, settings, switches.weights)
     return quantize_weights(model, _to_be_int8(trainable, settings))
 
 
 def _bound(
-    model: nn.Module, plan: str | Path | Plan | Setting
-) -> tuple[dict[str, Tensor], Setting | dict[str, Setting], dict[str, float]]:
-    """The trainable parameters by name, the one setting for all or that of each, and the learning-rate factors."""
+    model: nn.Module, plan: str | Path | Plan | Setting, switches: Switches | None
+) -> tuple[dict[str, Tensor], Setting | dict[str, Setting], dict[str, float], Switches]:
+    """The trainable parameters by name, the one setting for all or that of each, the learning-rate factors, and the
+    switches to execute.
+    """
     named = _named(model)
     trainable = {name: p for name, p in named.items() if p.requires_grad}
     if not trainable:
@@ -110,7 +124,9 @@ def _bound(
             "the model has no trainable parameter", hint="set requires_grad=True where training is meant"
         )
     if isinstance(plan, Setting):
-        return trainable, plan, {}
+        switches = switches or Switches()
+        one = plan if switches.weights is None else holding.with_weights(plan, trainable, switches.weights)
+        return trainable, one, {}, switches
     if not isinstance(plan, Plan):
         from memadvise.plan.load import load_plan
 
@@ -118,9 +134,12 @@ def _bound(
     shapes = {name: tuple(p.shape) for name, p in trainable.items()}
     settings = bind_plan(plan, shapes, frozen=named.keys() - trainable.keys())
     rules = deciding_rules(plan, trainable)
-    if problems := _wrong_dtypes(trainable, rules):
+    switches = switches or plan.switches
+    if problems := _wrong_dtypes(trainable, rules, switches):
         raise PlanError(sorted(problems, key=_position))
-    return trainable, settings, {name: rule.lr_factor for name, rule in rules.items()}
+    if switches.weights is not None:
+        settings = holding.with_weights(settings, trainable, switches.weights)
+    return trainable, settings, {name: rule.lr_factor for name, rule in rules.items()}, switches
 
 
 def deciding_rules(plan: Plan, names: Iterable[str]) -> dict[str, Rule]:
@@ -128,14 +147,16 @@ def deciding_rules(plan: Plan, names: Iterable[str]) -> dict[str, Rule]:
     return {name: next(rule for rule in plan.rules if _matches(rule, name)) for name in names}
 
 
-def _wrong_dtypes(trainable: Mapping[str, Tensor], rules: Mapping[str, Rule]) -> list[MemadviseError]:
+def _wrong_dtypes(
+    trainable: Mapping[str, Tensor], rules: Mapping[str, Rule], switches: Switches
+) -> list[MemadviseError]:
     """One problem for each rule whose ``weights`` cannot be written to a parameter as it is."""
     found: dict[int, MemadviseError] = {}
     for name, rule in rules.items():
         p, form = trainable[name], FORMS[rule.options.get("weights", Nearest.name)]
         if isinstance(p, Int8Weight) or nn.parameter.is_lazy(p):
             continue  # said where they are resolved
-        problem = form.problem(p)
+        problem = form.problem(holding.as_cast(p, switches.weights))
         if form.name == Int8.name:  # it will be made of what p is now
             problem = None if holdable(p) else f"{p.dtype} cannot be held in int8"
         if problem:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from memadvise.errors import OptimizerError
 from memadvise.optim.codecs.codec import Rows, rows_of
 from memadvise.optim.int8_groups import decode, encode_
+from memadvise.optim.tracing import valueless
 
 GROUP = 128
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -121,7 +122,8 @@ class Int8Weight(Tensor):
         rows = self.rows
         values = values.expand(self.codes.shape).reshape(rows.count, rows.length)
         step = max(_CHUNK // max(rows.length, 1), 1)
-        for first in range(0, rows.count, step):
+        firsts = range(0, rows.count, step)
+        for first in firsts if not valueless() else [*firsts[:1], *firsts[-1:]]:  # all chunks allocate alike
             last = min(first + step, rows.count)
             wide = values[first:last].to(torch.promote_types(values.dtype, torch.float32))
             codes, scale, zero = self.region(first * rows.length, last * rows.length)

@@ -250,9 +250,14 @@ def weight_bytes(setting: Setting, shape: Shape, dtype: torch.dtype = torch.floa
 
 
 def approximate_second_moment(setting: Setting, v: Tensor) -> Tensor | None:
-    """What ``setting`` would hold in place of the dense second moment ``v`` (same shape, expanded); None if nothing."""
+    """What ``setting`` would hold in place of the dense second moment ``v`` (same shape, expanded).
+
+    None if nothing, or where a codec holds a moment: what that loses is not seen in v alone.
+    """
     validate(setting, tuple(v.shape), name="second moment")
     parsed = _parsed(setting)
+    if parsed.compose.codecs:
+        return None
     return parsed.method.second_moment(v, parsed.options)
 
 

@@ -17,7 +17,7 @@ The weights after N iterations are those of the ordinary loop, bit for bit. What
 gradient after backward, cannot work and is refused with a sentence:
 
 * clipping by global norm, and whatever else reads or changes gradients after backward: where a gradient was stands a
-  placeholder of one element until ``step()``, and the first operation on it raises;
+  placeholder without memory until ``step()``, and the first operation on it raises;
 * accumulation, a second backward before ``step()``: the second gradient of a parameter raises, and names it. The same
   happens to a tied parameter in re-entrant checkpointing, where every segment has a backward of its own
   (``use_reentrant=False`` completes gradients first);
@@ -40,7 +40,6 @@ from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import Optimizer
 
 from memadvise.errors import OptimizerError
@@ -48,7 +47,7 @@ from memadvise.names import canonical_name
 from memadvise.optim.optimizer import MemadviseOptimizer, ParameterMemory
 from memadvise.plan.schema import Setting
 
-Factory = Callable[[list[tuple[str, nn.Parameter]]], MemadviseOptimizer]
+Factory = Callable[[list[tuple[str, nn.Parameter]]], "MemadviseOptimizer | ReleasedOptimizer"]
 
 
 def attach(model: nn.Module, factory: Factory, *, guard: bool = True) -> ReleasedOptimizer:
@@ -58,7 +57,8 @@ def attach(model: nn.Module, factory: Factory, *, guard: bool = True) -> Release
         model: its trainable parameters are offered to ``factory``.
         factory: takes ``(name, parameter)`` pairs, tied parameters once, and returns a memadvise optimizer of them (or
             of some): ``lambda params: AdamW(params, lr=1e-3)``, or
-            ``lambda _: create_optimizer(model, "plan.yaml", lr=1e-3)``.
+            ``lambda _: create_optimizer(model, "plan.yaml", lr=1e-3)`` (one that a plan's ``gradient_release`` has
+            attached already is returned as it is).
         guard: leave a placeholder, which refuses to be read, in place of a freed gradient until ``step()``; False
             leaves None, and clipping by global norm then silently does nothing.
 
@@ -74,6 +74,8 @@ def attach(model: nn.Module, factory: Factory, *, guard: bool = True) -> Release
             )
     named = ((canonical_name(name), p) for name, p in model.named_parameters())
     optimizer = factory([(name, p) for name, p in named if p.requires_grad])
+    if isinstance(optimizer, ReleasedOptimizer) and optimizer.is_of(model):
+        return optimizer
     if not isinstance(optimizer, MemadviseOptimizer):
         raise OptimizerError(
             f"the factory returned a {type(optimizer).__module__}.{type(optimizer).__qualname__}",
@@ -131,6 +133,10 @@ class ReleasedOptimizer(Optimizer):
                 del _hooks_of(p)[key]  # of an optimizer that is gone
             self._hooks[p] = p.register_post_accumulate_grad_hook(_Hook(self, self._names[p]))
 
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether it steps parameters of ``model``."""
+        return set(self._parameters()) <= set(model.parameters())
+
     # ------------------------------------------------------------ in backward
 
     def on_gradient(self, p: Tensor) -> None:
@@ -148,8 +154,7 @@ class ReleasedOptimizer(Optimizer):
             )
         self.optimizer.step_parameters(self._groups[p], [p])
         self._stepped.add(p)
-        guard = self._guard and not isinstance(p, FakeTensor)  # a trace has no values that could be read
-        p.grad = self._placeholder(p) if guard else None
+        p.grad = self._placeholder(p) if self._guard else None
 
     def _placeholder(self, p: Tensor) -> _Spent:
         spent = self._spent.get(p)
@@ -301,7 +306,7 @@ def _hooks_of(p: Tensor) -> dict[int, Any]:
 
 
 class _Spent(Tensor):
-    """Stands where a gradient was, in one element of memory; any operation on it raises.
+    """Stands where a gradient was, without any memory; any operation on it raises, under a trace as well.
 
     Without it ``clip_grad_norm_`` finds no gradients after backward and returns 0, and a training loop goes on without
     the clipping it asks for.
@@ -311,8 +316,7 @@ class _Spent(Tensor):
 
     @staticmethod
     def __new__(cls, p: Tensor, name: str) -> _Spent:
-        one = torch.full((), float("nan"), dtype=p.dtype, device=p.device)
-        spent = Tensor._make_subclass(cls, one.expand(p.shape))
+        spent: _Spent = Tensor._make_wrapper_subclass(cls, p.shape, dtype=p.dtype, device=p.device)
         spent.of = name
         return spent
 

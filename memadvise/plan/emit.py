@@ -52,6 +52,8 @@ def emit_plan(plan: Plan, *, command: str | None = None, budget: str | None = No
         lines.append(f"device: {_scalar(plan.device)}")
     lines += ["", "switches:", f"  micro_batches: {plan.switches.micro_batches}"]
     lines.append(f"  checkpoint: {_value(list(plan.switches.checkpoint))}")
+    lines += ["  gradient_release: true  # step inside backward"] if plan.switches.gradient_release else []
+    lines += [f"  weights: {_scalar(plan.switches.weights)}"] if plan.switches.weights else []
     lines += [
         "",
         "# The first rule that matches a parameter decides. * stands for one dotted segment, ** for any number.",

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from memadvise.errors import FileFormatError, Mark, PlanError
+from memadvise.errors import FileFormatError, Mark, PlanError, UsageError
 from memadvise.names import pattern_regex
 from memadvise.plan.nodes import Node, Source, compose
-from memadvise.plan.schema import PLAN_VERSION, ModelShape, Plan, Rule, Switches
+from memadvise.plan.schema import PLAN_VERSION, WEIGHT_FORMS, ModelShape, Plan, Rule, Switches
 
 MAX_FILE_BYTES = 5_000_000
 _WRITE_HINT = "write one with: memadvise recommend --budget 12GB"
@@ -228,15 +228,38 @@ def _strings(source: Source, node: Node, where: str) -> tuple[str, ...] | None:
     return tuple(value for value in values if value is not None)
 
 
+def _boolean(source: Source, node: Node, where: str) -> bool | None:
+    if node.kind == "scalar" and node.plain and isinstance(_WORDS.get(node.text), bool):
+        return _WORDS[node.text]
+    if node.kind != "invalid":
+        source.problem(f"{where} should be true or false, found {node.describe()}", node.mark)
+    return None
+
+
+def _weight_form(source: Source, node: Node, where: str) -> str | None:
+    text = None if _is_empty(node) else _string(source, node, where)
+    if text is None or text in WEIGHT_FORMS:
+        return text
+    hint = did_you_mean(text, WEIGHT_FORMS) or "to change nothing, remove the line"
+    source.problem(f"{where} '{text}' is none of {', '.join(WEIGHT_FORMS)}", node.mark, hint)
+    return None
+
+
 def _switches(source: Source, node: Node, where: str) -> Switches | None:
-    fields = _mapping(source, node, where, ("micro_batches", "checkpoint"))
+    fields = _mapping(source, node, where, ("micro_batches", "checkpoint", "gradient_release", "weights"))
     if fields is None:
         return None
-    micro, checkpoint = fields.get("micro_batches"), fields.get("checkpoint")
-    return Switches(
-        micro_batches=(_integer(source, micro, "switches.micro_batches", minimum=1) if micro else None) or 1,
-        checkpoint=(_strings(source, checkpoint, "switches.checkpoint") if checkpoint else None) or (),
-    )
+
+    def read(key: str, reader: Callable[..., T | None], **limits: Any) -> T | None:
+        return reader(source, fields[key], f"switches.{key}", **limits) if key in fields else None
+
+    micro_batches, checkpoint = read("micro_batches", _integer, minimum=1), read("checkpoint", _strings)
+    release, weights = read("gradient_release", _boolean), read("weights", _weight_form)
+    try:
+        return Switches(micro_batches or 1, checkpoint or (), release or False, weights)
+    except UsageError as error:  # each value is in range: two of them exclude each other
+        source.problem(error.message, _key_mark(node, "gradient_release"), error.hint)
+        return None
 
 
 def _model(source: Source, node: Node, where: str) -> ModelShape | None:

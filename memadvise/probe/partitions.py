@@ -20,7 +20,7 @@ ROWS, COLUMNS = 0, 1
 _TABLES = frozenset({"token_embedding", "position_embedding", "tied_embedding"})
 HESSIAN_VECTOR_PRODUCTS = "hessian-vector-products"
 GRADIENT_COVARIANCE = "gradient-covariance"
-_ENOUGH = 0.5  # a score below this is no block structure worth one learning rate per block
+_ENOUGH = 0.5  # a score that is not surely above this is no block structure worth one learning rate per block
 _TIE = 0.05
 
 
@@ -149,11 +149,11 @@ def prior_partition(parameter: Parameter) -> str:
 
 def choose_partition(
     values: Sequence[HessianValue], sizes: Mapping[str, int], *, prior: str = "row"
-) -> tuple[str, str]:
-    """The finest partition with clear block structure, and the evidence in a sentence.
+) -> tuple[str, str, bool]:
+    """The finest partition with clear block structure; the evidence in a sentence; whether it was measured.
 
-    Candidates whose score plus two standard errors stays below 0.5 are dropped; of the rest within max(one standard
-    error, 0.05) of the best, the one with the most blocks is taken: the smallest dense blocks of the Hessian
+    Clear is a score that stays at 0.5 or above two standard errors below (0 is chance). Of those within max(one
+    standard error, 0.05) of the best, the one with the most blocks is taken: the smallest dense blocks of the Hessian
     (2406.16793, Principle 1). Where there are Hessian-vector products, they decide; the screen reads low early on.
 
     Args:
@@ -165,20 +165,19 @@ def choose_partition(
     confirmed = {v.partition: v for v in values if v.estimator == HESSIAN_VECTOR_PRODUCTS and v.partition in sizes}
     best_known = confirmed or screened  # never compared with each other: their scales differ
     if not best_known:
-        return prior, f"block structure was not measured; {prior} is the static prior"
-
-    passed = {name: value for name, value in best_known.items() if value.score + 2 * value.stderr >= _ENOUGH}
-    if not passed:
-        top = max(best_known.values(), key=lambda value: value.score)
-        return prior, f"no clear block structure (best: {_text(top)}, below {_ENOUGH}); {prior} is the static prior"
-    best = max(passed.values(), key=lambda value: value.score)
-    near = [v for v in passed.values() if v.score >= best.score - max(best.stderr, _TIE)]
+        return prior, f"block structure was not measured; {prior} is the static prior", False
+    clear = [v for v in best_known.values() if v.score - 2 * v.stderr >= _ENOUGH]
+    top = max(best_known.values(), key=lambda value: value.score)
+    if not clear:
+        what = "is unclear" if top.score + 2 * top.stderr >= _ENOUGH else "is weak"
+        return prior, f"block structure {what} (best: {_text(top)}); {prior} is the static prior", False
+    best = max(clear, key=lambda value: value.score)
+    near = [v for v in clear if v.score >= best.score - max(best.stderr, _TIE)]
     chosen = max(near, key=lambda value: (sizes[value.partition], value.score))
-    if best.score < _ENOUGH and chosen.partition != prior:
-        return prior, f"block structure is unclear ({_text(chosen)}); {prior} is the static prior"
     others = [_text(v) for name, v in best_known.items() if name != chosen.partition]
     source = "Hessian-vector products" if chosen.estimator == HESSIAN_VECTOR_PRODUCTS else "gradient covariance"
-    return chosen.partition, f"{_text(chosen)} by {source}" + (f"; {', '.join(others)}" if others else "")
+    evidence = f"{_text(chosen)} by {source}, clear" + (f"; {', '.join(others)}" if others else "")
+    return chosen.partition, evidence, True
 
 
 def _text(value: HessianValue) -> str:

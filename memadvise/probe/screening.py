@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from memadvise.batches import batch_size, split_batch
 from memadvise.errors import MemadviseError
 from memadvise.ledger import HessianValue, Parameter
 from memadvise.probe.hessian import MIN_SAMPLES, gradient_covariance, sign_pairs
 from memadvise.probe.partitions import COLUMNS, ROWS, Layout, layout
 from memadvise.probe.training import fresh
-from memadvise.switches import batch_size, split_batch
 
 Loss = Callable[[Any], Tensor]
 MAX_ENTRIES = 2**18  # of a matrix, in the screen: 512 x 512

@@ -24,7 +24,7 @@ from memadvise.errors import UsageError
 from memadvise.ledger import SnrValue
 
 SNR_CAP = 1e6  # a slice without variance is perfectly compressible, yet must not make the mean infinite
-_CHUNK = 2**20  # elements converted to float64 at a time: 8 MB, twice (values and squares)
+_CHUNK = 2**17  # elements converted to float64 at a time: 1 MB, twice (values and squares), which stays in the cache
 _MAX_NDIM = 5  # 31 axis sets; beyond that only single axes and all of them
 
 
@@ -41,6 +41,11 @@ class SliceSnr:
 
 
 _NOTHING = SliceSnr(None, None, None)
+
+SnrRule = Literal["cutoff", "official"]
+# What is taken of the axis sets above the cutoff: the largest slices, as the paper's text has it and the comment in its
+# code, or the highest SNR, as that code does.
+SNR_RULES: dict[SnrRule, Literal["max_compression", "max_snr"]] = {"cutoff": "max_compression", "official": "max_snr"}
 
 
 def axis_sets(ndim: int) -> tuple[tuple[int, ...], ...]:
@@ -136,6 +141,11 @@ class SnrTrajectory:
         """Record the second moment of one step."""
         for axes, value in snr_all(v).items():
             self._steps.setdefault(axes, []).append(value)
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps were recorded."""
+        return max((len(steps) for steps in self._steps.values()), default=0)
 
     def values(self) -> tuple[SnrValue, ...]:
         """One record per axis set, in the order of :func:`axis_sets`."""

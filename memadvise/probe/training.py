@@ -88,6 +88,11 @@ def drop_gradients(model: nn.Module) -> None:
     """Free all gradients and what the garbage collector and the device's cache still hold."""
     for parameter in model.parameters():
         parameter.grad = None
+    release_memory()
+
+
+def release_memory() -> None:
+    """Free what the garbage collector and the device's cache still hold."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -111,17 +116,24 @@ def collecting_new_garbage() -> Iterator[None]:
         gc.unfreeze()
 
 
+class Stopped(Exception):
+    """The user wants to stop: raised between two steps, so that what was measured can be kept."""
+
+
 @dataclass
 class TrainingLog:
     """What happened in a run, readable when it ends early.
 
-    ``problem`` says why it stopped before its last step, ``loss_problem`` why losses are not known.
+    ``problem`` says why it stopped before its last step, ``loss_problem`` why losses are not known; ``updates`` counts
+    the optimizer's steps, ``idle_updates`` those with a learning rate of 0.
     """
 
     num_steps: int = 0
     losses: list[float] = field(default_factory=list)
     problem: str | None = None
     loss_problem: str | None = None
+    updates: int = 0
+    idle_updates: int = 0
 
 
 def train(
@@ -132,37 +144,46 @@ def train(
     *,
     lr: float,
     log: TrainingLog,
+    start: int = 0,
+    warmup: int | None = None,
     loss_at: Collection[int] = (),
     after_step: Callable[[int], None] | None = None,
+    relieve: Callable[[], bool] | None = None,
 ) -> None:
     """One step per batch; stops with ``log.problem`` set at the first loss that is not finite.
 
     The learning rate rises linearly over the first tenth of the steps, then stays: Adam's very first updates have full
     size whatever the gradient, and statistics shall not depend on that jolt; a decay would only matter in a long run.
-    Memory that runs out ends the run and is noted in the log, too.
+    A ``train_step`` of the user's that sets the rate itself has the last word.
+    Memory that runs out ends the run and is noted in the log, too, unless something else can be given up for it.
 
     Args:
         target: its ``step`` is what runs.
         model: trained in place.
-        optimizer: its groups' ``lr`` is set before every step.
+        optimizer: its groups' ``lr`` is set before every step, times their ``lr_factor``.
         batches: in order.
         lr: after warm-up.
         log: filled step by step.
+        start: the number of the first step, above 0 where a run goes on.
+        warmup: steps until ``lr`` is reached; None: a tenth of the batches.
         loss_at: a target whose own ``train_step`` returns no loss is evaluated only before step 0 and these.
-        after_step: called with the step's number, from 0.
+        after_step: called with the step's number, from ``start``.
+        relieve: called when memory runs out; the step is tried again as long as this returns True.
 
     Raises:
         TargetError: the user's code or the optimizer raised.
     """
-    warmup = max(1, len(batches) // 10)
+    warmup = max(1, len(batches) // 10) if warmup is None else warmup
     guard = optimizer.register_step_pre_hook(_refuse_fakes)
+    counter = optimizer.register_step_pre_hook(lambda optimizer, *_: _count(optimizer, log))
     silent = target.train_step is not None
     try:
-        for step, batch in enumerate(batches):
+        for step, batch in enumerate(batches, start=start):
             for group in optimizer.param_groups:
-                group["lr"] = lr * min(1.0, (step + 1) / warmup)
-            known = _loss(target, model, batch, log) if silent and (step == 0 or step in loss_at) else None
-            returned = target.step(model, fresh(batch), optimizer)
+                rate = lr * group.get("lr_factor", 1.0)
+                group["lr"] = rate * min(1.0, (step + 1) / warmup) if warmup else rate
+            known = _loss(target, model, batch, log) if silent and (step == start or step in loss_at) else None
+            returned = _step(target, model, batch, optimizer, relieve)
             if returned is not None:
                 known, silent = float(returned), False
             if known is not None:
@@ -184,6 +205,31 @@ def train(
             ) from error
         else:
             raise
+    finally:
+        guard.remove()
+        counter.remove()
+
+
+def _step(
+    target: Target, model: nn.Module, batch: Any, optimizer: Optimizer, relieve: Callable[[], bool] | None
+) -> Tensor | float | None:
+    """One step, again and again while memory runs out and something can be given up for it."""
+    while True:
+        try:
+            return target.step(model, fresh(batch), optimizer)
+        except Exception as error:
+            if relieve is None or not is_out_of_memory(error):
+                raise
+            problem = error.with_traceback(None)  # it holds the tensors of the step
+        drop_gradients(model)
+        if not relieve():
+            raise problem
+
+
+def _count(optimizer: Optimizer, log: TrainingLog) -> None:
+    log.updates += 1
+    rates = [group["lr"] for group in optimizer.param_groups]
+    log.idle_updates += all(not isinstance(rate, Tensor) and rate == 0 for rate in rates)
 
 
 def _refuse_fakes(optimizer: Optimizer, *_: Any) -> None:
@@ -259,6 +305,12 @@ class Moments:
                 m.lerp_(g, 1 - beta1)
                 v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
                 self._own[p] = (m, v, step + 1)
+
+    def start(self, parameter: Tensor, m: Tensor, v: Tensor, step: int) -> None:
+        """Go on from moments of a checkpoint; copied."""
+        if _narrow(parameter):
+            copies = [t.to(parameter.device, torch.float32, copy=True) for t in (m, v)]
+            self._own[parameter] = (copies[0], copies[1], step)
 
     def of(self, parameter: Tensor) -> tuple[Tensor, Tensor, int] | None:
         """``(exp_avg, exp_avg_sq, step)``; None while the parameter has received no gradient."""

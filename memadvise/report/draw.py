@@ -12,6 +12,7 @@ from rich import box
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -39,7 +40,7 @@ def render_text(renderables: Iterable[RenderableType], *, width: int = WIDTH_OFF
         file=buffer, width=width, markup=False, highlight=False, emoji=False, no_color=True, force_terminal=False
     )
     for renderable in renderables:
-        console.print(renderable)
+        console.print(renderable, crop=False)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
 
 
@@ -160,3 +161,20 @@ class Timeline:
         if ascii_only:
             return "#" if eighths >= 4 else " "
         return _LEVELS[min(8, max(0, eighths))]
+
+
+def number(value: float | None, *, digits: int = 3) -> str:
+    """To so many significant digits; a dash for None."""
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def note(text: str) -> Text:
+    """A line of explanation below a table."""
+    return Text(text, style="dim")
+
+
+def bullets(title: str, lines: Sequence[str]) -> list[RenderableType]:
+    """A heading and its lines; nothing where there are none."""
+    if not lines:
+        return []
+    return [heading(title), *(Padding(Text(f"- {line}"), (0, 0, 0, 2)) for line in lines)]

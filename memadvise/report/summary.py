@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from memadvise.ledger import HessianValue, MemoryLedger, Parameter, ParameterProbe, Scan, SnrValue
 from memadvise.names import repeat_pattern
+from memadvise.units import format_bytes
 
 OUTSIDE = "(no module)"
 
@@ -60,6 +61,31 @@ def _prefix(module: str, depth: int) -> str:
             break
         kept.append(part)
     return ".".join(kept)
+
+
+@dataclass(frozen=True)
+class DeviceRow:
+    """One part of what the device must hold: at least, and to be comfortable; ``source`` says where it comes from."""
+
+    name: str
+    needed_bytes: int
+    comfortable_bytes: int
+    source: str
+
+
+def device_rows(ledger: MemoryLedger) -> tuple[DeviceRow, ...]:
+    """Live tensors, what the allocator caches beyond them, and each line of overhead; they add up to
+    ``needed_bytes`` and ``comfortable_bytes``. Empty where neither allocator nor overhead is known (the CPU).
+    """
+    if not (ledger.reserved or ledger.overhead):
+        return ()
+    rows = [DeviceRow("live tensors at the peak", ledger.peak_bytes, ledger.peak_bytes, f"{ledger.peak_phase} phase")]
+    if ledger.reserved:
+        cached = max(0, ledger.reserved[0].peak_reserved_bytes - ledger.peak_bytes)
+        said = "; ".join(f"{r.settings}: {format_bytes(r.peak_reserved_bytes)} reserved" for r in ledger.reserved)
+        rows.append(DeviceRow("reserved beyond them", 0, cached, f"allocator simulated, {said}"))
+    rows += [DeviceRow(line.name, line.low_bytes, line.high_bytes, line.source) for line in ledger.overhead]
+    return tuple(rows)
 
 
 def axes_label(parameter: Parameter, axes: Sequence[int]) -> str:
@@ -118,6 +144,58 @@ def snr_rows(scan: Scan) -> tuple[SnrRow, ...]:
             )
         )
     return tuple(sorted(rows, key=lambda row: (-row.numel, row.role)))
+
+
+@dataclass(frozen=True)
+class DepthRow:
+    """SNR of one role's tensors along one axis set, in the order of the model, and what the rule averages."""
+
+    role: str
+    axes: str
+    snr: tuple[float | None, ...]
+    averaged: str
+
+
+def depth_rows(scan: Scan) -> tuple[DepthRow, ...]:
+    """One row for every role of several matrices, along its best axes (:func:`snr_rows`), largest role first."""
+    best = {row.role: row.best for row in snr_rows(scan) if row.count > 1}
+    members: dict[str, list[tuple[Parameter, ParameterProbe]]] = defaultdict(list)
+    for parameter, probe in _probed(scan):
+        if probe.snr and len(parameter.shape) > 1 and parameter.role in best:
+            members[parameter.role].append((parameter, probe))
+    rows = []
+    for role, axes in best.items():
+        if role not in members:
+            continue
+        along = [{axes_label(p, v.axes): v.snr for v in probe.snr} for p, probe in members[role]]
+        chosen = Counter(
+            axes_label(p, probe.snr_axes) if probe.snr_axes is not None else "nothing" for p, probe in members[role]
+        )
+        averaged = ", ".join(f"{label} in {count}" if len(chosen) > 1 else label for label, count in chosen.items())
+        rows.append(DepthRow(role, axes, tuple(found.get(axes) for found in along), averaged))
+    return tuple(rows)
+
+
+@dataclass(frozen=True)
+class PartitionRow:
+    """Which blocks of a role's tensors may share a second moment, and why: measured or a prior."""
+
+    role: str
+    count: int
+    partition: str
+    evidence: str
+
+
+def partition_rows(scan: Scan) -> tuple[PartitionRow, ...]:
+    """One row per role, partition and kind of evidence; the evidence is that of the first tensor."""
+    grouped: dict[tuple[str, str, bool], list[ParameterProbe]] = defaultdict(list)
+    for parameter, probe in _probed(scan):
+        if probe.partition is not None:
+            grouped[parameter.role, probe.partition, probe.partition_measured].append(probe)
+    return tuple(
+        PartitionRow(role, len(members), partition, members[0].partition_evidence or "-")
+        for (role, partition, _), members in grouped.items()
+    )
 
 
 @dataclass(frozen=True)

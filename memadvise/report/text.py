@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from rich.console import RenderableType
-from rich.padding import Padding
 from rich.text import Text
 
-from memadvise.ledger import CATEGORIES, MemoryLedger, OptimizerRun, Scan
-from memadvise.plan.schema import Setting
-from memadvise.report.draw import WIDTH_OFF_TTY, Bar, Timeline, heading, render_text, table
-from memadvise.report.summary import hessian_rows, module_rows, snr_rows, unknown_reasons
+from memadvise.compare import compare
+from memadvise.ledger import CATEGORIES, MemoryLedger, Scan
+from memadvise.plan.schema import Switches
+from memadvise.report.compare import signed_percent
+from memadvise.report.draw import WIDTH_OFF_TTY, Bar, Timeline, bullets, heading, note, render_text, table
+from memadvise.report.probe_text import probe_renderables
+from memadvise.report.summary import device_rows, module_rows
 from memadvise.units import format_bytes
 
 _MAIN_CATEGORIES = ("weights", "gradients", "optimizer_state", "activations")
@@ -41,9 +43,13 @@ class GroupChoiceLike(Protocol):
     @property
     def weight_bytes_saved(self) -> int: ...
     @property
-    def expected_harm(self) -> float | None: ...
-    @property
     def reason(self) -> str: ...
+    @property
+    def confidence(self) -> str: ...
+    @property
+    def runners_up(self) -> Sequence[str]: ...
+    @property
+    def lr_factor(self) -> float: ...
 
 
 class RecommendationLike(Protocol):
@@ -82,6 +88,21 @@ def render_recommendation(
 # ---------------------------------------------------------------- a scan
 
 
+_SOURCES = {
+    "estimate": "traced, not run",
+    "measure": "measured",
+    "bound": "an upper bound",
+    "lower bound": "a lower bound",
+}
+
+
+def source_words(ledger: MemoryLedger) -> str:
+    """Where the numbers of a ledger come from, in a few words."""
+    if ledger.source == "estimate" and ledger.on_real:
+        return "traced on real tensors, run on the CPU"
+    return _SOURCES[ledger.source]
+
+
 def scan_renderables(scan: Scan) -> list[RenderableType]:
     """The parts of a scan's report, in reading order."""
     ledger = scan.memory[0]
@@ -93,16 +114,20 @@ def scan_renderables(scan: Scan) -> list[RenderableType]:
         Text(
             f"{sum(p.numel for p in trainable):,} trainable parameters in {len(trainable)} tensors"
             f"{f', {frozen} frozen tensors' if frozen else ''}; {ledger.optimizer}; {ledger.device}; "
-            f"{'traced, not run' if ledger.source == 'estimate' else 'measured'}; {versions}"
+            f"{source_words(ledger)}; {versions}"
         ),
     ]
     parts += memory_renderables(ledger)
-    parts += _what_ifs(scan.memory)
+    if scan.asked is not None:
+        parts += _asked(scan.memory[0], scan.asked)
+    parts += _what_ifs((*scan.memory, *([scan.asked] if scan.asked else ())))
+    parts += _beside(scan)
     if scan.probe is not None:
-        parts += _probe(scan)
-    parts += _list("Assumptions behind these numbers", ledger.assumptions)
-    warnings = dict.fromkeys(w for source in (*scan.memory, scan.probe) if source for w in source.warnings)
-    parts += _list("Warnings", tuple(warnings))
+        parts += probe_renderables(scan)
+    parts += bullets("Assumptions behind these numbers", ledger.assumptions)
+    sources = (*scan.memory, scan.measured, scan.compiled, scan.asked, scan.probe)
+    warnings = dict.fromkeys(w for source in sources if source for w in source.warnings)
+    parts += bullets("Warnings", tuple(warnings))
     return parts
 
 
@@ -121,6 +146,7 @@ def memory_renderables(ledger: MemoryLedger) -> list[RenderableType]:
             ],
         )
     )
+    parts += device_renderables(ledger)
     if len(ledger.timeline) > 1:
         parts += [heading("Live bytes during the step"), Timeline(ledger.timeline)]
     shown = [c for c in CATEGORIES if any(p.by_category.get(c) for p in ledger.phases)]
@@ -172,98 +198,81 @@ def memory_renderables(ledger: MemoryLedger) -> list[RenderableType]:
     return parts
 
 
+def device_renderables(ledger: MemoryLedger, *, budget_bytes: int | None = None) -> list[RenderableType]:
+    """What the device must hold, part by part, at least and to be comfortable; nothing for the CPU."""
+    rows = device_rows(ledger)
+    if not rows:
+        return []
+    cells: list[tuple[str, ...]] = [
+        (row.name, _bytes_or_dash(row.needed_bytes), _bytes_or_dash(row.comfortable_bytes), row.source) for row in rows
+    ]
+    cells.append(("together", format_bytes(ledger.needed_bytes), format_bytes(ledger.comfortable_bytes), ""))
+    if budget_bytes is not None:
+        verdicts = (_verdict(size, budget_bytes) for size in (ledger.needed_bytes, ledger.comfortable_bytes))
+        cells.append((f"were {format_bytes(budget_bytes)} the whole device", *verdicts, ""))
+    columns = {"on the device": "text", "needs at least": "number", "comfortable": "number", "from": "text"}
+    return [heading("What the device must hold"), table(columns, cells, optional=("from",))]
+
+
+def _verdict(size: int, budget_bytes: int) -> str:
+    return "fits" if size <= budget_bytes else f"{format_bytes(size - budget_bytes)} over"
+
+
+def _asked(before: MemoryLedger, asked: MemoryLedger) -> list[RenderableType]:
+    how = " with ".join(part for part in (asked.optimizer, asked.switches.describe()) if part)
+    change = 100 * (asked.peak_bytes / before.peak_bytes - 1)
+    said = f"As asked: {how}: {format_bytes(asked.peak_bytes)} at the peak, in the {asked.peak_phase} phase"
+    new = tuple(line for line in asked.assumptions if line not in before.assumptions)
+    return [heading(f"{said} ({change:+.1f} %)"), *memory_renderables(asked), *bullets("Assumed beside the above", new)]
+
+
 def _what_ifs(ledgers: Sequence[MemoryLedger]) -> list[RenderableType]:
     if len(ledgers) < 2:
         return []
     first, highest = ledgers[0], max(ledger.peak_bytes for ledger in ledgers)
-    rows = [
-        (
-            ledger.optimizer, str(ledger.micro_batches), ", ".join(ledger.checkpoint) or "-",
+    rows: list[list[RenderableType]] = [
+        [
+            ledger.optimizer, str(ledger.micro_batches), ", ".join(ledger.checkpoint) or "-", _besides(ledger),
             format_bytes(ledger.peak_bytes),
             "-" if ledger is first else f"{100 * (ledger.peak_bytes / first.peak_bytes - 1):+.1f} %",
             ledger.peak_phase, format_bytes(ledger.state_bytes), Bar(ledger.peak_bytes, highest, width=20),
-        )
+        ]
         for ledger in ledgers
     ]  # fmt: skip
     columns = {
-        "optimizer": "text", "micro-batches": "number", "recomputed modules": "name",
+        "optimizer": "text", "micro-batches": "number", "recomputed modules": "name", "besides": "text",
         "peak": "number", "change": "number", "phase": "text", "optimizer state": "number",
         " ": "bar",
     }  # fmt: skip
+    if all(_besides(ledger) == "-" for ledger in ledgers):
+        del columns["besides"]
+        rows = [[*row[:3], *row[4:]] for row in rows]
     return [heading("What if"), table(columns, rows, optional=("optimizer state", "phase", " "))]
 
 
-def _probe(scan: Scan) -> list[RenderableType]:
-    probe = scan.probe
-    assert probe is not None
+def _besides(ledger: MemoryLedger) -> str:
+    """The switches that have no column of their own."""
+    return Switches(gradient_release=ledger.gradient_release, weights=ledger.weights).describe() or "-"
+
+
+def _beside(scan: Scan) -> list[RenderableType]:
+    """The same step as it ran, and as ``torch.compile`` would run it at most."""
     parts: list[RenderableType] = []
-    snr = snr_rows(scan)
-    if snr:
-        parts.append(heading(f"Second moment: how alike it is along each axis ({probe.num_steps} AdamW steps)"))
-        parts.append(
-            table(
-                {
-                    "role": "text", "tensors": "number", "elements": "number", "best axes": "text",
-                    "SNR": "number", "lowest": "number", "lost share of v": "number",
-                    "other axes (SNR)": "text",
-                },
-                [
-                    (
-                        row.role, str(row.count), f"{row.numel:,}", row.best, _number(row.median_snr),
-                        _number(row.lowest_snr), _number(row.error),
-                        ", ".join(f"{label} {_number(value)}" for label, value in row.others) or "-",
-                    )
-                    for row in snr
-                ],
-                optional=("lowest", "lost share of v", "other axes (SNR)", "elements"),
-            )
-        )  # fmt: skip
-        parts.append(
-            _note("SNR above 1: one mean along these axes keeps most of the second moment (arXiv 2503.01843).")
-        )
-    hessian = hessian_rows(scan)
-    if hessian:
-        parts.append(heading("Hessian: is it made of blocks?"))
-        parts.append(
-            table(
-                {
-                    "role": "text", "partition": "text", "estimator": "text", "tensors": "number",
-                    "samples": "number", "score": "number",
-                },
-                [
-                    (
-                        row.role, row.partition, row.estimator, str(row.count), str(row.num_samples),
-                        f"{row.score:.3f} +- {row.stderr:.3f}",
-                    )
-                    for row in hessian
-                ],
-                optional=("estimator", "samples", "tensors"),
-            )
-        )  # fmt: skip
-        parts.append(_note("1 is perfectly block diagonal, 0 is chance; +- is one standard error."))
-    if probe.runs:
-        parts.append(heading("Short training with each optimizer, from the same start"))
-        parts.append(
-            table(
-                {
-                    "optimizer": "text", "lr": "number", "steps": "number", "first loss": "number",
-                    "last loss": "number", "optimizer state": "number", "ms/step": "number",
-                    "problem": "text",
-                },
-                [_run_row(run) for run in probe.runs],
-                optional=("steps", "lr"),
-            )
-        )  # fmt: skip
-    unknown = [f"{count} tensors, {numel:,} elements: {reason}" for reason, count, numel in unknown_reasons(scan)]
-    return parts + _list("Statistics unknown (their bytes are exact)", unknown)
-
-
-def _run_row(run: OptimizerRun) -> tuple[str, ...]:
-    milliseconds = "-" if run.step_seconds is None else f"{1000 * run.step_seconds:.1f}"
-    return (
-        Setting(run.method, run.options).key, f"{run.lr:g}", str(run.num_steps), _number(run.first_loss, digits=4),
-        _number(run.last_loss, digits=4), format_bytes(run.state_bytes), milliseconds, run.problem or "-",
-    )  # fmt: skip
+    others = (("Measured", scan.measured), ("Under torch.compile: an upper bound", scan.compiled))
+    for title, ledger in others:
+        if ledger is None:
+            continue
+        diff = compare(scan.memory[0], ledger)
+        rows = [
+            (row.name, format_bytes(row.before_bytes), format_bytes(row.after_bytes), signed_percent(row))
+            for row in (diff.peak, *diff.phases)
+        ]
+        column = "measured" if ledger.source == "measure" else "at most"
+        columns = {"": "text", "estimate": "number", column: "number", "relative": "number"}
+        parts += [heading(title), table(columns, rows), *(note(said) for said in ledger.assumptions)]
+        parts += [note(f"reserved: {format_bytes(r.peak_reserved_bytes)} ({r.settings})") for r in ledger.reserved]
+        parts += [note(f"{o.name}: {format_bytes(o.low_bytes)} ({o.source})") for o in ledger.overhead]
+    return parts
 
 
 # ---------------------------------------------------------------- a recommendation
@@ -299,6 +308,7 @@ def recommendation_renderables(
     columns = {"step": "text", "peak": "number", "phase": "text"}
     columns |= {_words(c): "number" for c in (*_MAIN_CATEGORIES, "other")}
     parts += [heading("Peak of one training step"), table(columns | {" ": "bar"}, rows, optional=tuple(columns)[3:])]
+    parts += device_renderables(after, budget_bytes=limit)
     if recommendation.groups:
         parts.append(heading("Chosen for each group of equal parameters"))
         groups = sorted(recommendation.groups, key=lambda g: g.state_bytes_after - g.state_bytes_before)
@@ -310,15 +320,15 @@ def recommendation_renderables(
                 {
                     "parameters": "name", "role": "text", "tensors": "number", "setting": "text",
                     "state before": "number", "after": "number",
-                    **({"weights save": "number"} if lighter else {}), "expected harm": "number", "why": "text",
+                    **({"weights save": "number"} if lighter else {}), "confidence": "text", "why": "text",
                 },
                 [
                     *(
                         (
-                            g.pattern, g.role, str(g.count), g.setting_key, format_bytes(g.state_bytes_before),
+                            g.pattern, g.role, str(g.count), _with_rate(g), format_bytes(g.state_bytes_before),
                             format_bytes(g.state_bytes_after),
                             *([_bytes_or_dash(g.weight_bytes_saved)] if lighter else []),
-                            _harm(g.expected_harm), g.reason,
+                            g.confidence, g.reason,
                         )
                         for g in groups
                     ),
@@ -328,18 +338,23 @@ def recommendation_renderables(
                         *([format_bytes(sum(g.weight_bytes_saved for g in groups))] if lighter else []), "", "",
                     ),
                 ],
-                optional=("role", "tensors", "expected harm"),
+                optional=("role", "tensors", "confidence"),
             )
         )  # fmt: skip
-        parts.append(_note(f"solver: {recommendation.solver_note}"))
-    return parts + _list("Why", recommendation.explanation)
+        parts.append(note(f"solver: {recommendation.solver_note}"))
+        parts += bullets(
+            "Runners-up that would have fitted as well",
+            [f"{g.pattern}: {', '.join(g.runners_up)}" for g in groups if g.runners_up],
+        )
+    return parts + bullets("Why", recommendation.explanation)
 
 
 # ---------------------------------------------------------------- cells
 
 
-def _harm(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.3g}"
+def _with_rate(group: GroupChoiceLike) -> str:
+    rate = "" if group.lr_factor == 1 else f", learning rate x {group.lr_factor:g}"
+    return f"{group.setting_key}{rate}"
 
 
 def _words(category: str) -> str:
@@ -354,17 +369,3 @@ def _percent(part: int, whole: int) -> str:
 
 def _bytes_or_dash(size: int) -> str:
     return format_bytes(size) if size else "-"
-
-
-def _number(value: float | None, *, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}g}"
-
-
-def _note(text: str) -> Text:
-    return Text(text, style="dim")
-
-
-def _list(title: str, lines: Sequence[str]) -> list[RenderableType]:
-    if not lines:
-        return []
-    return [heading(title), *(Padding(Text(f"- {line}"), (0, 0, 0, 2)) for line in lines)]

@@ -224,7 +224,7 @@ def degraded_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[
         write(folder, WHEN_REAL.format(what=PROBLEMS[name][0]))
         printed = succeed(folder, "scan", "model.py", *FAST).stdout
         result = load_scan(folder / "memadvise.scan.json")
-        budget = result.memory[-1].peak_bytes * 8 // 10
+        budget = result.memory[-1].peak_bytes * 88 // 100
         advised = succeed(folder, "recommend", "--budget", str(budget)).stdout if name in ADVISED else None
         return Degraded(folder, printed, result, budget, advised)
 
@@ -256,7 +256,7 @@ def test_a_probe_that_fails_leaves_exact_bytes_and_unknown_statistics(
     plan = load_plan(run.folder / "memadvise.yaml")
     assert {rule.method for rule in plan.rules} > {"adamw"}
     assert plan.predicted_peak_bytes <= run.budget
-    assert "static prior of the papers" in (run.folder / "memadvise.yaml").read_text()
+    assert "the mean that the papers recommend" in (run.folder / "memadvise.yaml").read_text()
 
 
 def test_prints_of_the_target_stay_out_of_the_document(tmp_path: Path) -> None:
@@ -444,7 +444,7 @@ def test_a_scan_that_is_missing_cut_or_foreign(scanned: Path, tmp_path: Path) ->
         (None, "cannot read the scan file"),
         (whole[: len(whole) // 2], "is not a whole JSON document"),
         ("[1, 2]", "is not a memadvise scan file"),
-        (whole.replace('"schema_version": 1', '"schema_version": 99'), "schema version 99"),
+        (whole.replace('"schema_version": 2', '"schema_version": 99'), "schema version 99"),
     ):
         if text is not None:
             (tmp_path / "memadvise.scan.json").write_text(text)

@@ -106,7 +106,9 @@ def test_the_plan_fits_and_says_so(done: Job) -> None:
     assert advice["after"]["peak_bytes"] == plan.predicted_peak_bytes
     assert advice["margin_bytes"] == done.budget - plan.predicted_peak_bytes
     assert advice["plan"]["predicted_state_bytes"] == plan.predicted_state_bytes
-    assert {rule.method for rule in plan.rules} - {"adamw"}, "60 % of the peak needs a compressed state"
+    assert any(rule.options for rule in plan.rules), "60 % of the peak needs a compressed state"
+    assert advice["confidence"] in ("high", "fairly high", "medium", "low")
+    assert any(note.startswith(f"confidence: {advice['confidence']}") for note in advice["explanation"])
     lines = [line.strip() for line in done.plan_file.read_text(encoding="utf-8").splitlines()]
     matches = [number for number, line in enumerate(lines) if line.startswith("- match:")]
     assert len(matches) == len(plan.rules)
@@ -181,7 +183,7 @@ def test_every_optimizer_was_tried_and_every_matrix_measured(done: Job) -> None:
 
 def test_scan_prints_the_file_it_writes(done: Job) -> None:
     assert done.scan_stdout == (done.folder / "memadvise.scan.json").read_text(encoding="utf-8")
-    assert document(done.scan_stdout)["schema_version"] == 1
+    assert document(done.scan_stdout)["schema_version"] == 2
     assert {entry.name for entry in done.folder.iterdir()} >= {"memadvise.scan.json", "memadvise.yaml"}
     assert not [entry for entry in done.folder.iterdir() if entry.suffix == ".tmp"]
 
@@ -237,7 +239,7 @@ def test_json_of_the_small_commands_is_one_document(arguments: tuple[str, ...], 
 
 def test_a_new_target_goes_the_whole_way(tmp_path: Path) -> None:
     succeed(tmp_path, "init", "model.py")
-    succeed(tmp_path, "scan", "model.py", "--probe-steps", "3")
+    succeed(tmp_path, "scan", "model.py", "--device", "cpu", "--probe-steps", "3")
     peak = load_scan(tmp_path / "memadvise.scan.json").memory[0].peak_bytes
     run = succeed(tmp_path, "recommend", "--budget", str(int(0.9 * peak)))
     assert "Wrote memadvise.yaml" in run.stderr

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from memadvise.switches import batch_size, checkpoint_patterns, split_batch
+from memadvise.batches import batch_size, split_batch
+from memadvise.switches import checkpoint_patterns
 from memadvise.target import Target, _import_file, load_target
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

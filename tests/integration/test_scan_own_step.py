@@ -54,6 +54,8 @@ def test_roles_bytes_and_statistics_come_from_the_step(tmp_path: Path) -> None:
     target = tmp_path / "own_step.py"
     target.write_text(OWN_STEP, encoding="utf-8")
     scan = run_scan(str(target), device="cpu", probe=ProbeOptions(num_steps=12, lr=1e-2, hessian=False))
+    assert not any(ledger.gradient_release for ledger in scan.memory)
+    assert any("gradient release is not offered: GradScaler" in warning for warning in scan.memory[0].warnings)
     (table,) = scan.parameters
     assert table.role == "tied_embedding"  # model(*batch) cannot run: what is known comes from the step's own loss
     assert scan.memory[0].state_bytes == 2 * table.num_bytes + 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -205,17 +206,22 @@ def test_a_shape_that_nobody_can_know_is_named_with_its_line():
     class Speech(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.head = nn.Linear(8, 12)
+            self.head = nn.Linear(8, 200)
 
         def forward(self, x, labels):
             scores = F.log_softmax(self.head(x), -1)
-            return F.ctc_loss(scores, labels, torch.full((4,), 30), torch.full((4,), 6))
+            return F.ctc_loss(scores, labels, torch.full((16,), 30), torch.full((16,), 6))
 
     def batches():
-        return [(torch.randn(30, 4, 8), torch.randint(1, 12, (4, 6)))] * 2
+        return [(torch.randn(30, 16, 8), torch.randint(1, 200, (16, 6)))] * 2
 
     with pytest.raises(TargetError, match=r"test_trace_vs_profiler_models.py:\d+ calls aten._ctc_loss.*shape"):
-        estimate(Target(build_model=Speech, build_batches=batches), device="cpu")
+        estimate(Target(build_model=Speech, build_batches=batches), device="cpu", tensors="fake")
+    traced, measured = (
+        find(Target(build_model=Speech, build_batches=batches))
+        for find in (partial(estimate, device="cpu"), measure_cpu)
+    )
+    assert traced.peak_bytes == pytest.approx(measured.peak_bytes, rel=TOLERANCE)
 
 
 def test_what_cudnn_keeps_is_said_to_be_missing():

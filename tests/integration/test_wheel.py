@@ -76,6 +76,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 def test_wheel_holds_the_package_and_the_profiles_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "memadvise/_profiles/README.md" in names
+    assert "memadvise/_profiles/models/llama.json" in names
     assert "memadvise/py.typed" in names
     assert {name.split("/")[0] for name in names} == {"memadvise", f"memadvise-{memadvise.__version__}.dist-info"}
     source = {p.relative_to(ROOT).as_posix() for p in (ROOT / "memadvise").rglob("*.py")}

@@ -17,13 +17,28 @@ PACKAGE = ROOT / "memadvise"
 
 FLOORS = (
     ("", "errors"),  # "" is the package itself, whose public names load lazily
-    ("units", "names", "target"),
-    ("ledger", "layout", "flows", "dataflow", "plan", "roles", "switches", "hf_target"),
+    ("units", "names", "batches", "target"),
+    (
+        "ledger",
+        "layout",
+        "flows",
+        "dataflow",
+        "plan",
+        "roles",
+        "switches",
+        "sizing",
+        "hf_target",
+        "compare",
+        "baseline",
+    ),
     ("optim",),
-    ("memory", "report"),
+    ("memory", "check"),
+    ("report",),
     ("advise",),
     ("probe",),
-    ("scan", "explain"),
+    ("whatif", "fit", "scan", "explain", "verify"),
+    ("check_run", "against"),
+    ("integrations",),
     ("cli",),
     ("__main__",),
 )
@@ -42,6 +57,7 @@ THIRD_PARTY = {
     "rich": ("cli", "report"),
     "yaml": ("plan",),
     "pynvml": ("memory",),
+    "pytest": ("integrations",),
     "transformers": ("hf_target",),
 }
 

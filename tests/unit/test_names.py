@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memadvise.names import canonical_name, glob_escape, matches, repeat_pattern, shared_patterns
+from memadvise.names import (
+    canonical_name,
+    expand_ranges,
+    fold_ranges,
+    glob_escape,
+    matches,
+    repeat_pattern,
+    shared_patterns,
+)
 
 
 @pytest.mark.parametrize(
@@ -74,3 +82,27 @@ def test_shared_patterns_keep_the_numbers_that_do_not_vary() -> None:
     }
     assert list(shared_patterns(names[:2])) == ["h.*.mlp.2.w"]
     assert list(shared_patterns(["h.3.w"])) == ["h.3.w"]
+
+
+def test_ranges_read_like_a_shells() -> None:
+    names = ["h.0.w", "h.1.w", "h.2.w", "h.5.w", "head"]
+    assert fold_ranges(names) == ["h.{0..2,5}.w", "head"]
+    assert fold_ranges(f"s.{i}.b.{j}.x" for i in range(2) for j in (0, 2)) == ["s.{0..1}.b.{0,2}.x"]
+    assert expand_ranges("s.{0..1}.b.{0,2}.x") == ["s.0.b.0.x", "s.0.b.2.x", "s.1.b.0.x", "s.1.b.2.x"]
+
+
+SEGMENTS = st.sampled_from(
+    ["0", "1", "2", "10", "01", "h", "{0..3}", "{1}", "{2", "..", "\\", "\\{1}", "a|b", "", "\u0663"]
+)
+
+
+@given(st.lists(st.lists(SEGMENTS, min_size=1, max_size=4).map(".".join), max_size=12))
+def test_ranges_give_back_the_names(names: list[str]) -> None:
+    words = fold_ranges(names)
+    assert sorted(name for word in words for name in expand_ranges(word)) == sorted(set(names))
+
+
+@pytest.mark.parametrize("word", ["{0..99999999}", "{5..1}", "{0..999}.{0..999}.{0..999}", "{" + "9" * 60 + "}"])
+def test_ranges_that_would_fill_the_memory_are_refused(word: str) -> None:
+    with pytest.raises(ValueError, match=r"range|stands for"):
+        expand_ranges(word)

@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from memadvise.batches import batch_size, split_batch
 from memadvise.errors import UsageError
-from memadvise.switches import apply_checkpoint, batch_size, checkpoint_patterns, split_batch
+from memadvise.optim.weights import FORMS
+from memadvise.plan.schema import WEIGHT_FORMS, Switches
+from memadvise.switches import apply_checkpoint, checkpoint_patterns
 
 
 class Block(nn.Module):
@@ -121,3 +124,28 @@ def test_batches_are_split_without_copies() -> None:
 def test_batches_that_cannot_be_split(batch: object) -> None:
     with pytest.raises(UsageError, match="cannot be split in 2"):
         split_batch(batch, 2)
+
+
+@pytest.mark.parametrize(
+    ("switches", "words"),
+    [
+        (Switches(), ""),
+        (Switches(4, ("h.*",)), "checkpointing and 4 micro-batches"),
+        (Switches(1, ("h.*",), True, "int8"), "checkpointing, gradient release and int8 weights"),
+    ],
+)
+def test_switches_in_words(switches: Switches, words: str) -> None:
+    assert switches.describe() == words
+
+
+def test_switches_that_exclude_each_other() -> None:
+    with pytest.raises(UsageError, match="exclude each other"):
+        Switches(2, gradient_release=True)
+    with pytest.raises(UsageError, match="there is at least one"):
+        Switches(0)
+    with pytest.raises(UsageError, match="none of bf16, stochastic, ecc8, ecc16, int8"):
+        Switches(weights="int4")
+
+
+def test_the_switch_knows_the_forms_that_weights_have() -> None:
+    assert {*WEIGHT_FORMS, "nearest"} == {*FORMS, "bf16"}

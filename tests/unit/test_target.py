@@ -212,7 +212,7 @@ def test_out_of_memory_and_interrupts_pass_through(tmp_path: Path) -> None:
 
 def test_options_are_for_hf_targets_only(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="for hf: targets only"):
-        load_target(write(tmp_path, GOOD), options={"batch_size": 2})
+        load_target(write(tmp_path, GOOD), options={"dtype": "bfloat16"})
 
 
 def test_require_names_the_extra() -> None:

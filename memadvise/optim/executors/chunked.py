@@ -30,6 +30,7 @@ from memadvise.optim.executors.work import (
 )  # fmt: skip
 from memadvise.optim.method import Context, Hyper, Method, Part, Round, Shape, Tensors, compute_dtype, device_type
 from memadvise.optim.recipe import Recipe
+from memadvise.optim.tracing import valueless
 
 _Prepare = Callable[[], tuple[Tensors, Tensors]]
 CPU_ELEMENTS = 256 * 1024  # 1 MiB of float32: a few of these lie in a core's L2 cache
@@ -125,7 +126,8 @@ class _Stepper:
     def __init__(self, work: Work, h: Hyper, scratch: _Scratch) -> None:
         self.work, self.h, self.scratch = work, h, scratch
         self.recipe, self.method, self.ctx = work.recipe, work.recipe.method, work.context(h)
-        self.local, self.cuts = _layout(work.recipe, box_limit(work.recipe, device_type(work.p)))
+        self.local, cuts = _layout(work.recipe, box_limit(work.recipe, device_type(work.p)))
+        self.cuts = cuts.sample() if valueless() else cuts
         self.p, self.g = work.weight_parts(self.cuts), self.cuts.parts(work.g)
         names = self.recipe.elementwise
         self.coded = {name: CodedParts(work, name, self.cuts) for name in names if name in self.recipe.coded}

@@ -6,7 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from memadvise.advise.candidates import DENSE, candidate_settings, make_groups, static_prior
+from memadvise.advise.candidates import (
+    DENSE,
+    Confidence,
+    candidate_settings,
+    confidence,
+    kind,
+    make_groups,
+    parts_of,
+    probe_settings,
+    static_prior,
+    tier,
+)
 from memadvise.ledger import Parameter, Segment
 from memadvise.plan.schema import Setting
 
@@ -113,3 +124,61 @@ def test_groups_pool_equal_role_and_shape_across_names() -> None:
         (("h.0.k.weight",), 1),
         (("g.1.q.weight",), 1),
     ]
+
+
+MATRIX = parameter("w", (256, 128), "mlp_up")
+
+
+def test_every_class_of_the_two_tiers_is_a_candidate() -> None:
+    kinds = {kind(MATRIX, s): tier(s) for s in candidate_settings(MATRIX)}
+    first = {
+        "adamw", "adamw, m int8, v int8", "adamw, m dynamic8, v dynamic8", "adamw, m int4, v int4", "adamw, m int8",
+        "adamw, v int8", "mean(fan_in)", "mean(fan_in), m int8", "mean(fan_out), m int4", "mean(all)", "factored",
+        "factored, m int8", "low-rank", "low-rank, m int8",
+    }  # fmt: skip
+    assert {kinds[name] for name in first} == {1}
+    second = {"apollo", "apollo_mini", "factored, no momentum", "lion", "micro_adam", "galore"}
+    assert {name for name, number in kinds.items() if number == 2} == second
+
+
+def test_combinations_are_measured_by_their_parts() -> None:
+    measured = {s.key for s in probe_settings(MATRIX)}
+    whole = Setting("slimadam", {"axes": [1], "first_moment": "int8"})
+    parts = parts_of(whole)
+    assert parts == (Setting("slimadam", {"axes": [1]}), Setting("adamw", {"first_moment": "int8"}))
+    assert whole.key not in measured
+    assert {part.key for part in parts} <= measured
+    both = Setting("adamw", {"first_moment": "int8", "second_moment": "int8"})
+    assert parts_of(both) is None
+    assert both.key in measured  # the probe's own check: 8 bits must hardly turn the update
+    assert measured < {s.key for s in candidate_settings(MATRIX)}
+
+
+@pytest.mark.parametrize(
+    ("setting", "level"),
+    [
+        (Setting("adamw"), Confidence.HIGH),
+        (Setting("adamw", {"first_moment": "int8", "second_moment": "dynamic8"}), Confidence.HIGH),
+        (Setting("adafactor", {"momentum": 0.9}), Confidence.FAIRLY_HIGH),
+        (Setting("slimadam", {"axes": [1], "first_moment": "int8"}), Confidence.FAIRLY_HIGH),
+        (Setting("slimadam", {"axes": [0]}), Confidence.MEDIUM),
+        (Setting("slimadam", {"axes": [1], "first_moment": "int4"}), Confidence.MEDIUM),
+        (Setting("adamw", {"first_moment": "int4"}), Confidence.FAIRLY_HIGH),
+        (Setting("adafactor"), Confidence.LOW),
+        (Setting("sgd"), Confidence.LOW),
+    ],
+)
+def test_levels_of_confidence(setting: Setting, level: Confidence) -> None:
+    assert confidence(MATRIX, setting) is level
+
+
+def test_a_broken_rule_makes_confidence_low() -> None:
+    head = parameter("head", (512, 64), "head")
+    assert confidence(head, Setting("slimadam", {"axes": [1]})) is Confidence.FAIRLY_HIGH
+    assert confidence(head, Setting("slimadam", {"axes": [0]})) is Confidence.LOW
+
+
+def test_apollo_holds_less_than_four_bits_and_keeps_the_size_of_its_update() -> None:
+    large = parameter("w", (4096, 4096), "mlp_up")
+    apollo = next(s for s in candidate_settings(large) if s.method == "apollo")
+    assert apollo.options == {"rank": 128, "scale": 8.0}  # 8.0 * 128 / 4096 = 1/4, the paper's

@@ -30,6 +30,7 @@ sys.path.append(str(BENCHMARKS))
 
 import convergence  # noqa: E402
 import estimate_accuracy  # noqa: E402
+import record_allocator  # noqa: E402
 import scaling  # noqa: E402
 import shadow_cost  # noqa: E402
 import step_time  # noqa: E402
@@ -147,7 +148,7 @@ def test_switches_are_those_that_the_target_can_run() -> None:
 # ---------------------------------------------------------------- measuring on CUDA, with counters that stand in
 
 
-def test_the_third_step_is_measured_and_what_stays_is_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_third_step_is_measured_and_what_stays_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     counters: dict[str, Any] = {
         "synchronize": lambda: None,
@@ -170,7 +171,6 @@ def test_the_third_step_is_measured_and_what_stays_is_taken_off(monkeypatch: pyt
     peak = cuda.measure_cuda(target, device="cpu")
     assert seen == ["reset", "step"] * 3 + ["peak", "left"]
     assert peak == cuda.CudaPeak(allocated_bytes=1000, requested_bytes=900, fixed_bytes=300)
-    assert peak.peak_bytes == 700
 
 
 def test_measuring_keeps_the_random_state_and_takes_optimizer_and_switches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,9 +429,10 @@ def test_what_does_not_fit_or_takes_too_long_is_said(
 def test_shadows_are_timed_beside_the_tensors_own_step() -> None:
     for case in shadow_cost.CASES:
         short = dataclasses.replace(case, shape=(96, 48))
-        row = shadow_cost.measure(short, 32, "cpu", 1)
+        row, cost = shadow_cost.measure(short, 32, "cpu", 1)
+        assert cost.ratio > 0
         assert len(row) == len(shadow_cost.COLUMNS)
-        assert all(isinstance(value, float | int) and value > 0 for value in row[3:9]), row
+        assert all(isinstance(value, float | int) and value >= 0 for value in row[4:]), row
     query = next(case for case in shadow_cost.CASES if case.heads)
     assert "adam_mini" in {setting.method for setting in shadow_cost.candidates(query)}
 
@@ -460,6 +461,7 @@ def run(*command: str, **environment: str) -> str:
         ("step_time --device cpu --no-wall --only fused lion", "memadvise lion"),
         ("scaling --device cpu --only fused", "torch AdamW fused"),
         ("shadow_cost --device cpu", "attention_output"),
+        ("advice_quality --jobs 1", "the recommended plan held against the best uniform method everywhere"),
     ],
 )
 def test_quick(command: str, seen: str) -> None:
@@ -487,6 +489,51 @@ def test_a_scan_is_timed_in_its_own_process() -> None:
     assert cost.scan.target_options == {"batch_size": 1, "seq_len": 2048, "dtype": "bfloat16"}
     assert 100 * 2**20 < cost.rss_bytes < 3 * 2**30
     assert cost.seconds > 0.5
+
+
+@pytest.mark.slow
+def test_traces_are_timed_whole_and_derived() -> None:
+    sizes = {**workloads.LLAMA_70B, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6}
+    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 2}
+    whole = trace_scale.trace(sizes, checkpoint=True, extrapolate=False)
+    derived = trace_scale.trace(sizes, checkpoint=True, extrapolate=True)
+    for same in ("events", "parameters", "peak", "reserved"):
+        assert whole[same] == derived[same]
+    assert whole["cpu"] > whole["imports"] > whole["trace"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can record")
+def test_recordings_of_the_allocator_say_so_where_there_is_no_cuda(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["record_allocator.py"])
+    record_allocator.main()
+    assert "not measured: torch sees no CUDA device" in capsys.readouterr().out
+
+
+def test_a_recording_of_the_allocator_is_read_as_it_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memadvise.memory.recorded import load_recording
+
+    entries = [
+        {"action": action, "addr": 64, "size": size, "stream": 0}
+        for action, size in (("segment_alloc", 2**21), ("alloc", 9), ("free_completed", 9), ("alloc", 8))
+    ]
+    snapshot = {"device_traces": [entries], "segments": [{"total_size": 2**21}]}
+    started: list[dict[str, object]] = []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: started.append(options))
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: snapshot)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 512)
+    monkeypatch.setattr(record_allocator, "mix", lambda: None)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    record_allocator.record(record_allocator.MIX, tmp_path / "mix.json")
+    recording = load_recording(tmp_path / "mix.json")
+    assert (recording.events, recording.reserved, recording.device) == ((0, ~0, 1), ((0, 2**21),), "NVIDIA Test")
+    assert len(started) == 1
+    assert (tmp_path / "mix.json").read_text().count("\n") < 20
 
 
 def test_the_gpu_script_says_so_where_there_is_no_cuda(tmp_path: Path) -> None:

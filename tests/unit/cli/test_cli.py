@@ -19,7 +19,7 @@ from memadvise.cli.app import main, run
 from memadvise.errors import Infeasible, Mark, PlanError, TargetRaised, UsageError
 
 Capture = pytest.CaptureFixture[str]
-COMMANDS = ("scan", "recommend", "optimizers", "env", "init")
+COMMANDS = ("scan", "report", "recommend", "fit", "verify", "check", "compare-ledgers", "optimizers", "env", "init")
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,11 @@ def test_help_is_fast_and_does_not_import_torch() -> None:
     [
         (["nope"], "error: no such command 'nope'", "memadvise --help"),
         (["scan"], "error: missing argument 'TARGET'", "memadvise scan --help"),
-        (["recommend"], "error: missing option '--budget'", "memadvise recommend --help"),
+        (
+            ["recommend"],
+            "error: recommend needs a budget",
+            "for example --budget 12GB, or --sweep for a table of budgets",
+        ),
         (["scan", "m.py", "--nope"], "error: no such option: --nope", "memadvise scan --help"),
         (["scan", "m.py", "--probe-steps", "x"], "error: invalid value for '--probe-steps'", "memadvise scan --help"),
         (["scan", "m.py", "--probe-steps", "0"], "error: invalid value for '--probe-steps'", "memadvise scan --help"),
@@ -188,7 +192,7 @@ fake.ProbeOptions = lambda **kwargs: None
 def run_scan(*args, progress, **kwargs):
     progress("working", 0, 1)
     time.sleep(60)
-fake.run_scan = run_scan
+fake.run_scan = fake.resume_scan = run_scan
 sys.modules["memadvise.scan"] = fake
 from memadvise.cli.app import main
 main(["scan", "model.py"])
@@ -206,7 +210,7 @@ main(["scan", "model.py"])
 
 def test_every_command_is_registered_once() -> None:
     names = [c.callback.__name__ for c in app_module.app.registered_commands if c.callback]
-    assert names == list(COMMANDS)
+    assert names == [command.replace("-", "_") for command in COMMANDS]
 
 
 def test_a_terminal_gets_a_bar_that_goes_away_and_prints_stay_out_of_the_result() -> None:

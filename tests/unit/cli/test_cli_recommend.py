@@ -11,6 +11,8 @@ import pytest
 
 import memadvise.advise.recommend
 import memadvise.scan
+from memadvise.advise.profile import Profile
+from memadvise.advise.recommend import Wishes
 from memadvise.cli.app import run
 from memadvise.errors import Infeasible
 from memadvise.ledger import Scan, to_json
@@ -30,11 +32,15 @@ def calls(
     """Replaces the advisor and writes a scan; what the advisor was called with."""
     made: list[dict[str, Any]] = []
 
-    def recommend(scan: Scan, budget_bytes: int, **kwargs: Any) -> Any:
-        made.append({"scan": scan, "budget_bytes": budget_bytes, **kwargs})
-        return sample_recommendation
+    class FakeAdvisor:
+        def __init__(self, scan: Scan, **kwargs: Any) -> None:
+            self.given = {"scan": scan, **kwargs}
 
-    monkeypatch.setattr(memadvise.advise.recommend, "recommend", recommend)
+        def recommend(self, budget_bytes: int) -> Any:
+            made.append({"budget_bytes": budget_bytes, **self.given})
+            return sample_recommendation
+
+    monkeypatch.setattr(memadvise.advise.recommend, "Advisor", FakeAdvisor)
     monkeypatch.setattr(memadvise.scan, "plan_tracer", lambda scan: ("a tracer", ("the target has changed",)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("COLUMNS", raising=False)
@@ -58,7 +64,7 @@ def test_the_choice_goes_to_stdout_and_the_plan_to_its_file(
     )
     assert "# Budget: 1700MiB = 1.66 GiB" in text
     assert calls == [
-        {"scan": sample_scan, "budget_bytes": 1700 * MIB, "trace": "a tracer", "pins": [], "forbidden": ()}
+        {"scan": sample_scan, "budget_bytes": 1700 * MIB, "trace": "a tracer", "wishes": Wishes(), "profile": None}
     ]
 
 
@@ -139,17 +145,32 @@ def test_pins_and_prohibitions(calls: list[Any], capsys: Capture) -> None:
     args = ["--pin", "lm_head.*=adamw", "--pin", "h.*.w=slimadam(axes=[0, 1])", "--pin", "re:a=b|c=lion"]
     args += ["--pin", "x=adam_mini(partition=head, heads=4)", "--pin", "y=sgd(momentum=1e-3)", "--forbid", "lion"]
     assert run(["recommend", "--budget", "12GB", *args, "--forbid", "sgd"]) == 0
-    assert calls[0]["pins"] == [
+    assert list(calls[0]["wishes"].pins) == [
         ("lm_head.*", Setting("adamw")),
         ("h.*.w", Setting("slimadam", {"axes": [0, 1]})),
         ("re:a=b|c", Setting("lion")),
         ("x", Setting("adam_mini", {"partition": "head", "heads": 4})),
         ("y", Setting("sgd", {"momentum": 0.001})),
     ]
-    assert calls[0]["forbidden"] == ("lion", "sgd")
+    assert calls[0]["wishes"].forbidden == ("lion", "sgd")
     text = Path("memadvise.yaml").read_text()
     assert "--pin 'h.*.w=slimadam(axes=[0, 1])'" in text
     assert "--forbid lion --forbid sgd\n" in text
+
+
+def test_rules_set_aside_the_objective_and_a_profile(
+    calls: list[dict[str, Any]], tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "mine.json").write_text('{"profile_version": 1, "name": "mine", "values": []}')
+    args = ["--allow", "projection", "--allow", "tiny", "--objective", "speed", "--profile", "mine.json"]
+    assert run(["recommend", "--budget", "12GB", *args]) == 0
+    assert calls[0]["wishes"] == Wishes(allowed=("projection", "tiny"), objective="speed")
+    assert calls[0]["profile"] == Profile("mine", ())
+    text = Path("memadvise.yaml").read_text()
+    assert "--allow projection --allow tiny --objective speed --profile mine.json\n" in text
+    assert run(["recommend", "--budget", "12GB", "--objective", "fast"]) == 2
+    assert run(["recommend", "--budget", "12GB", "--profile", "nobody"]) == 2
+    assert "there is no profile 'nobody'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("pin", ["", "adamw", "=adamw", "a=", "a=1", "a=slimadam(axes=[1)", "a=slimadam(axes)"])
@@ -193,7 +214,8 @@ def test_own_plans_are_replaced_edited_and_foreign_ones_are_not(calls: list[Any]
         ("", "error: memadvise.scan.json is not a whole JSON document"),
         ("{}", "error: memadvise.scan.json is not a memadvise scan file"),
         ('{"schema_version": 999}', "error: memadvise.scan.json has schema version 999"),
-        ('{"schema_version": 1}', "error: memadvise.scan.json: missing 'target'"),
+        ('{"schema_version": 1}', "error: memadvise.scan.json has schema version 1; this memadvise reads version 2"),
+        ('{"schema_version": 2}', "error: memadvise.scan.json: missing 'target'"),
     ],
 )
 def test_scan_files_that_cannot_be_used(calls: list[Any], content: str | None, message: str, capsys: Capture) -> None:
@@ -208,12 +230,12 @@ def test_scan_files_that_cannot_be_used(calls: list[Any], content: str | None, m
 
 
 def test_nothing_fits(calls: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    def infeasible(*args: Any, **kwargs: Any) -> Any:
+    def infeasible(self: Any, budget_bytes: int) -> Any:
         raise Infeasible(
             "no plan fits 1.00 GiB: the smallest reachable peak is about 2.00 GiB", hint="raise the budget"
         )
 
-    monkeypatch.setattr(memadvise.advise.recommend, "recommend", infeasible)
+    monkeypatch.setattr(memadvise.advise.recommend.Advisor, "recommend", infeasible)
     Path("memadvise.yaml").write_text(old := emit_plan_of_before())
     assert run(["recommend", "--budget", "1GiB"]) == 1
     out, err = capsys.readouterr()
@@ -234,7 +256,18 @@ def test_nothing_needs_compressing(
     calls: list[Any], sample_recommendation: Any, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     fits = dataclasses.replace(sample_recommendation, needs_compression=False)
-    monkeypatch.setattr(memadvise.advise.recommend, "recommend", lambda *args, **kwargs: fits)
+    monkeypatch.setattr(memadvise.advise.recommend.Advisor, "recommend", lambda *args: fits)
     assert run(["recommend", "--budget", "12GB"]) == 0
     assert capsys.readouterr().out.startswith("nothing needs compressing: ")
     assert load_plan("memadvise.yaml") == fits.plan
+
+
+def test_what_is_asked_for_at_once_has_to_go_together(calls: list[Any], capsys: Capture) -> None:
+    for arguments, message in (
+        ([], "recommend needs a budget"),
+        (["--sweep", "--verify", "20"], "--verify trains a plan"),
+        (["--budget", "1GB", "--proxy", "--profile", "gpt"], "exclude each other"),
+    ):
+        assert run(["recommend", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert calls == []

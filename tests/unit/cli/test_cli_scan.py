@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 
 import memadvise.scan
 from memadvise.cli.app import run
+from memadvise.cli.common import Interrupt
 from memadvise.errors import TargetError
 from memadvise.ledger import Scan, load_scan, to_json
+from memadvise.memory.architecture import DeviceModel, device_model
 from memadvise.report.text import render_scan
 
 Capture = pytest.CaptureFixture[str]
@@ -23,7 +26,7 @@ def calls(sample_scan: Scan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Replaces the scan; what it was called with."""
     made: list[dict[str, Any]] = []
 
-    def run_scan(spec: str, *, progress: Callable[[str, int, int], None], **kwargs: Any) -> Scan:
+    def run_scan(spec: str, *, progress: Callable[[str, int, int], None], stop: object, **kwargs: Any) -> Scan:
         for step in range(3):
             progress("tracing", step, 3)
         progress("probing", 1, 2)
@@ -47,8 +50,20 @@ def test_the_report_goes_to_stdout_and_the_scan_to_its_file(
     ]  # fmt: skip
     assert load_scan("memadvise.scan.json") == sample_scan
     assert [path.name for path in Path().iterdir()] == ["memadvise.scan.json"]
-    probe = memadvise.scan.ProbeOptions(num_steps=60, lr=1e-3, weight_decay=0.0, seed=0, hessian=True)
-    assert calls == [{"spec": "model.py", "target_options": {}, "device": "cuda", "probe": probe}]
+    probe = memadvise.scan.ProbeOptions(num_steps=60, lr=None, weight_decay=0.0, shadow_bytes=4 * 2**30)
+    assert calls == [
+        {
+            "spec": "model.py",
+            "target_options": {},
+            "device": device_model("cuda"),
+            "probe": probe,
+            "measured": False,
+            "compiled": False,
+            "asked": None,
+            "extrapolate_depth": False,
+            "tensors": "auto",
+        }
+    ]
 
 
 def test_json_is_one_document_and_quiet_is_quiet(calls: object, sample_scan: Scan, capsys: Capture) -> None:
@@ -65,6 +80,9 @@ def test_options_reach_the_scan(calls: list[dict[str, Any]], capsys: Capture) ->
         "scan",
         "hf:config",
         "--no-probe",
+        "--extrapolate-depth",
+        "--tensors",
+        "real",
         "--device",
         "cpu",
         "-o",
@@ -101,12 +119,24 @@ def test_options_reach_the_scan(calls: list[dict[str, Any]], capsys: Capture) ->
     assert calls[0] == {
         "spec": "hf:config",
         "target_options": {"batch_size": 2, "seq_len": 64, "dtype": "bfloat16"},
-        "device": "cpu",
+        "device": DeviceModel("cpu"),
         "probe": None,
+        "measured": False,
+        "compiled": False,
+        "asked": None,
+        "extrapolate_depth": True,
+        "tensors": "real",
     }
     assert calls[1]["probe"] == memadvise.scan.ProbeOptions(
-        num_steps=9, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), seed=4
+        num_steps=9, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), seed=4, shadow_bytes=4 * 2**30
     )
+    capsys.readouterr()
+    more = ["--checkpoint", "run.pt", "--probe-memory", "1GiB", "--snr-rule", "official"]
+    assert run(["scan", "m.py", *more]) == 0
+    assert calls[2]["probe"] == memadvise.scan.ProbeOptions(
+        checkpoint="run.pt", shadow_bytes=2**30, snr_rule="official"
+    )
+    assert run(["scan", "m.py", "--probe-memory", "much"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -200,3 +230,67 @@ def test_an_optimizer_that_is_none(calls: list[Any], capsys: Capture) -> None:
     assert "--optimizers: there is no method 'loin'" in err
     assert "did you mean 'lion'?" in err
     assert calls == []
+
+
+def test_what_is_assumed_of_the_device_reaches_the_scan(calls: list[dict[str, Any]]) -> None:
+    options = ("--arch", "sm_80", "--attention", "math", "--assume", "torch=2.11", "--assume", "cublas_workspace=0")
+    assert run(["scan", "model.py", *options]) == 0
+    asked = device_model("cuda", arch="sm_80", attention="math", torch="2.11", cublas_workspace=0)
+    assert calls[0]["device"] == asked
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--device", "cpu", "--arch", "sm_80"], "nothing is assumed of --device cpu"),
+        (["--arch", "sm_1"], "one of sm_70"),
+        (["--assume", "colour=red"], "NAME=VALUE"),
+        (["--attention", "ring"], "one of auto, flash"),
+    ],
+)
+def test_a_mistake_in_what_is_assumed(
+    options: list[str], words: str, calls: list[dict[str, Any]], capsys: Capture
+) -> None:
+    assert run(["scan", "model.py", *options]) == 2
+    assert words in capsys.readouterr().err
+    assert calls == []
+
+
+# ---------------------------------------------------------------- Ctrl-C
+
+
+def test_ctrl_c_is_a_request_while_the_probe_runs_and_the_end_otherwise() -> None:
+    interrupt, seen = Interrupt(), []
+    progress = interrupt.polite_while("probing", lambda *call: seen.append(call))
+    assert not interrupt.ask()  # nothing begun: nothing to be kept
+    progress("tracing one step", 1, 2)
+    assert not interrupt.ask()
+    progress("probing: AdamW", 1, 60)
+    assert not interrupt.asked()
+    assert interrupt.ask()
+    assert interrupt.asked()
+    assert not interrupt.ask()  # the second time
+    assert seen == [("tracing one step", 1, 2), ("probing: AdamW", 1, 60)]
+
+
+def test_an_interrupted_scan_is_written_and_resumed(
+    calls: list[Any], sample_scan: Scan, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    assert sample_scan.probe is not None
+    begun = replace(sample_scan, probe=replace(sample_scan.probe, complete=False))
+    monkeypatch.setattr(memadvise.scan, "run_scan", lambda spec, **kwargs: begun)
+    assert run(["scan", sample_scan.target, "-o", "a.json"]) == 130
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "interrupted; what was measured is in a.json" in err
+    assert f"to go on: memadvise scan {sample_scan.target} --resume -o a.json" in err
+    assert load_scan("a.json") == begun
+
+    resumed = []
+    monkeypatch.setattr(memadvise.scan, "resume_scan", lambda scan, **kwargs: resumed.append(scan) or sample_scan)
+    assert run(["scan", sample_scan.target, "--resume", "-o", "a.json"]) == 0
+    assert resumed == [begun]
+    assert load_scan("a.json") == sample_scan
+    assert run(["scan", "other.py", "--resume", "-o", "a.json"]) == 2
+    assert "a.json is a scan of examples/gpt_text.py, not of other.py" in capsys.readouterr().err
+    assert run(["scan", "other.py", "--resume", "-o", "none.json"]) == 2

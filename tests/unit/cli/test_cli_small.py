@@ -12,8 +12,10 @@ import torch
 
 from memadvise import optim
 from memadvise.cli.app import run
+from memadvise.ledger import Scan, to_json
 from memadvise.optim.registry import METHODS, validate
 from memadvise.plan.schema import Setting
+from memadvise.report.text import render_scan
 from memadvise.target import load_target
 
 Capture = pytest.CaptureFixture[str]
@@ -145,3 +147,23 @@ def test_init_refuses_paths_that_cannot_be_targets(path: str, message: str, caps
     Path("d.py").mkdir()
     assert run(["init", path]) == 2
     assert message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- report
+
+
+def test_a_report_is_that_of_the_scan(sample_scan: Scan, capsys: Capture) -> None:
+    Path("memadvise.scan.json").write_text(to_json(sample_scan))
+    assert run(["report"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("examples/gpt_text.py: 1.98 GiB at the peak, in the backward phase\n")
+    assert err == ""
+    assert run(["report", "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(to_json(sample_scan))
+    assert run(["report", "memadvise.scan.json", "-o", "report.txt"]) == 0
+    assert Path("report.txt").read_text() == render_scan(sample_scan)
+
+
+def test_a_report_of_no_scan(capsys: Capture) -> None:
+    assert run(["report"]) == 2
+    assert "memadvise.scan.json" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from memadvise.errors import EnvironmentProblem
-from memadvise.memory.device import device_facts, device_free_bytes
+from memadvise.memory.device import DeviceUse, device_facts, device_free_bytes, device_use
 
 GIB = 2**30
 
@@ -30,6 +31,7 @@ class Gpu:
     memory: Memory
     name: str | bytes = "NVIDIA Test"
     instances: list[Gpu | None] = field(default_factory=list)
+    processes: dict[int, int | None] = field(default_factory=dict)
 
 
 class NVMLError(Exception):
@@ -71,6 +73,11 @@ class FakeNvml(types.ModuleType):
 
     def nvmlDeviceGetMemoryInfo(self, gpu: Gpu) -> Memory:
         return gpu.memory
+
+    def nvmlDeviceGetComputeRunningProcesses(self, gpu: Gpu) -> list[types.SimpleNamespace]:
+        if gpu.uuid.startswith("GPU-old"):
+            raise NVMLError("Not Supported")
+        return [types.SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in gpu.processes.items()]
 
     def nvmlDeviceGetName(self, gpu: Gpu) -> str | bytes:
         return gpu.name
@@ -164,6 +171,17 @@ def test_free_bytes_are_those_of_the_first_device() -> None:
     assert device_free_bytes() == 10 * GIB
 
 
+def test_what_is_in_use_on_one_device(nvml: FakeNvml) -> None:
+    assert device_use() == DeviceUse(12 * GIB, 2 * GIB, None)  # cuda:0; its driver does not tell processes
+    nvml.gpus[1].processes = {1: GIB // 2, os.getpid(): GIB // 4}
+    assert device_use("b") == device_use("GPU-b") == DeviceUse(80 * GIB, 1 * GIB, GIB // 4)
+    nvml.gpus[1].processes = {os.getpid(): None}  # as on Windows
+    assert device_use("b") == DeviceUse(80 * GIB, 1 * GIB, None)
+    assert device_use("2") == DeviceUse(40 * GIB, 2 * GIB, None)  # an instance
+    assert device_use("another") is None
+    assert nvml.open == 0
+
+
 def test_no_driver_and_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml([], init_error="NVML Shared Library Not Found"))
@@ -173,6 +191,7 @@ def test_no_driver_and_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.exit_code == 3
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml([]))
     assert device_facts() == []
+    assert device_use() is None
     with pytest.raises(EnvironmentProblem, match="none found"):
         device_free_bytes()
     monkeypatch.setitem(sys.modules, "pynvml", None)  # importing it raises ImportError

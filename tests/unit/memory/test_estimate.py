@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from memadvise.errors import TargetError, TargetRaised, UsageError
+from memadvise.memory.architecture import device_model
 from memadvise.memory.estimate import estimate
 from memadvise.memory.measure import measure_cpu
 from memadvise.memory.trace import trace_step
-from memadvise.plan.schema import Switches
+from memadvise.optim.create import create_optimizer
+from memadvise.optim.registry import state_bytes as predicted_bytes
+from memadvise.plan.schema import Setting, Switches
 from memadvise.target import Target
 
 WIDTH, DEPTH = 512, 6
@@ -55,7 +58,8 @@ def _adamw(**options):
     ],
 )
 def test_adamw_step_in_copies_of_the_parameters(options, copies, name):
-    ledger = estimate(_target(), optimizer=_adamw(**options))
+    without_cublas = device_model("cuda", cublas_workspace=0)  # as large as this model
+    ledger = estimate(_target(), device=without_cublas, optimizer=_adamw(**options))
     assert ledger.phase("step").peak_bytes == pytest.approx(copies * PARAMETER_BYTES, rel=0.003)
     assert ledger.optimizer == f"torch.optim.AdamW ({name})"
 
@@ -169,6 +173,16 @@ def test_sums_and_order_hold():
     assert sizes == sorted(sizes, reverse=True)
     assert all(size % 512 == 0 for size in sizes)
     assert max(level for _, level in ledger.timeline) == ledger.peak_bytes
+
+
+def test_groups_are_everything_alive_at_the_peak():
+    ledger = estimate(_target())
+    assert sum(group.num_bytes for group in ledger.live_groups) == ledger.peak_bytes
+    weights = [group for group in ledger.live_groups if group.category == "weights"]
+    assert [(group.count, group.dtype) for group in weights] == [(1, "float32")] * DEPTH
+    assert {t.dtype for t in ledger.live_at_peak if t.category != "workspace"} == {"float32"}
+    assert ledger.batch == (f"float32[4, {WIDTH}]",)
+    assert measure_cpu(_target()).batch == ledger.batch
 
 
 def test_user_lines_name_the_code_that_allocates():
@@ -325,9 +339,45 @@ def test_seven_billion_parameters():
     parameters = 6_738_415_616
     assert ledger.by_category["weights"] == 2 * parameters
     assert ledger.state_bytes == 4 * parameters + 4 * 291  # m and v in bf16, a step count for each tensor
-    assert ledger.phase("step").peak_bytes == pytest.approx(5 * 2 * parameters, rel=1e-4)
+    step = ledger.phase("step")
+    assert step.by_category["workspace"] == 2 * 32 * 2**20  # cuBLAS, of the calling thread and of autograd
+    assert 0 <= step.peak_bytes - 64 * 2**20 - 5 * 2 * parameters < 2**20
     assert ledger.peak_phase == "step"
-    assert ledger.phase("forward").peak_bytes == pytest.approx(50_904 * 2**20, rel=0.001)  # flash attention, no mask
+    assert ledger.phase("forward").peak_bytes == pytest.approx(50_968 * 2**20, rel=0.001)  # fused attention, no mask
     assert seconds < 120
     if sys.platform == "linux":
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 3 * 2**30
+
+
+@pytest.mark.slow
+def test_llama_in_closed_forms():
+    """Two blocks of Llama-7B: copies of the parameters, one more of the gradients, and the state that the plan says."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=2, num_attention_heads=32, use_cache=False
+    )
+    ids = torch.randint(32000, (2, 16))
+    device = device_model("cuda", cublas_workspace=0)
+
+    def run(**options):
+        target = Target(
+            build_model=lambda: transformers.LlamaForCausalLM(config).to(torch.bfloat16),
+            build_batches=lambda: [{"input_ids": ids, "labels": ids}],
+        )
+        return estimate(target, device=device, **options)
+
+    foreach, fused = run(), run(optimizer=_adamw(fused=True))
+    copy = foreach.by_category["weights"]
+    assert 0 <= foreach.phase("step").peak_bytes - 5 * copy < 2**20
+    assert 0 <= fused.phase("step").peak_bytes - 4 * copy < 2**20
+    assert foreach.by_category["temporaries"] == pytest.approx(copy, rel=1e-3)  # foreach's, and not the state's
+    accumulated = run(optimizer=_adamw(fused=True), switches=Switches(micro_batches=2))
+    found = accumulated.phase("forward").by_category["gradients"]
+    assert found == copy
+    assert fused.phase("forward").by_category.get("gradients", 0) == 0
+    planned = run(optimizer=lambda model: create_optimizer(model, Setting("slimadam", {"axes": [1]}), lr=1e-3))
+    matrices = [(32000, 4096)] * 2 + [(4096, 4096)] * 8 + [(11008, 4096)] * 4 + [(4096, 11008)] * 2
+    setting = Setting("slimadam", {"axes": [1]})
+    said = sum(predicted_bytes(setting, shape) for shape in matrices)
+    vectors = 5 * predicted_bytes(Setting("adamw"), (4096,))
+    assert planned.state_bytes == said + vectors

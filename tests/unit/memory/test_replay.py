@@ -87,6 +87,30 @@ def test_peaks_by_phase_and_what_they_hold():
     assert '"peak_bytes": 407' in to_json(ledger)
 
 
+def test_every_phase_is_split_by_module_and_category_at_its_own_peak():
+    ledger = _ledger(_step()[0])
+    assert ledger.phase("forward").by_module == {
+        "layer": {"weights": 100, "activations": 50, "temporaries": 30, "buffers": 7}
+    }
+    for phase in ledger.phases:
+        for category, size in phase.by_category.items():
+            assert size == sum(counts.get(category, 0) for counts in phase.by_module.values())
+        assert sum(phase.by_category.values()) == phase.peak_bytes
+    assert ledger.phase("step").by_module == ledger.by_module
+
+
+def test_only_an_estimate_for_cuda_tells_what_the_device_must_hold():
+    assert _ledger(_step()[0]).reserved == ()
+    assert _ledger(_step()[0]).needed_bytes == _ledger(_step()[0]).comfortable_bytes == 407
+    trace = _step()[0]
+    trace.device, trace.granularity = "cuda", 512
+    ledger = _ledger(trace)
+    assert [r.settings for r in ledger.reserved] == ["default", "expandable_segments:True"]
+    assert [r.peak_reserved_bytes for r in ledger.reserved] == [2 * 2**20] * 2  # one segment of the small pool
+    assert ledger.needed_bytes == ledger.peak_bytes + sum(line.low_bytes for line in ledger.overhead)
+    assert ledger.comfortable_bytes == 2 * 2**20 + sum(line.high_bytes for line in ledger.overhead)
+
+
 def test_granularity_rounds_every_storage_up():
     trace, _ = _step()
     trace.granularity = 512

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo  # torch loads it when it needs it, and attributes of torch change with it
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,13 +17,22 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from memadvise.errors import TargetRaised, UsageError
+from memadvise.memory.architecture import device_model
 from memadvise.memory.estimate import estimate
 from memadvise.memory.session import fake_session
 from memadvise.memory.trace import trace_step
 from memadvise.plan.schema import Switches
 from memadvise.target import Target
 
-_REPLACED = ("scaled_dot_product_attention", "dropout", "softmax.int", "log_softmax.int", "cross_entropy_loss", "exp")
+_REPLACED = (
+    "scaled_dot_product_attention",
+    "dropout",
+    "rms_norm",
+    "softmax.int",
+    "log_softmax.int",
+    "cross_entropy_loss",
+    "exp",
+)
 
 
 class Net(nn.Module):
@@ -112,9 +122,21 @@ def test_unknown_device():
         estimate(_target(), device="tpu")
 
 
-def _kernels(dtype=torch.float32, *, length=8, heads=(4, 4), head_dim=16, mask=None, attention=None, **options):
-    """The kernels chosen for one call, and the output."""
-    with fake_session(_target()) as session:
+def _kernels(
+    dtype=torch.float32,
+    *,
+    length=8,
+    heads=(4, 4),
+    head_dim=16,
+    mask=None,
+    attention=None,
+    arch="sm_80",
+    forced="auto",
+    torch_version=None,
+    **options,
+):
+    """The kernels chosen for one call on the device, its backward pass included."""
+    with fake_session(_target(), device_model("cuda", arch=arch, attention=forced, torch=torch_version)) as session:
         q = torch.randn(2, heads[0], length, head_dim, dtype=dtype, requires_grad=True)
         k, v = (torch.randn(2, heads[1], length, head_dim, dtype=dtype) for _ in range(2))
         if mask is not None:
@@ -141,6 +163,42 @@ def test_attention_kernels():
         assert _kernels(half) == {"math": 1}
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         assert _kernels(half) == {"efficient": 1}
+
+
+def test_attention_kernels_by_device():
+    """The rules of sdp_utils.cpp, one by one."""
+    half = torch.bfloat16
+    assert _kernels(half, arch="sm_90") == _kernels(half, arch="sm_100") == {"cudnn": 1}
+    assert _kernels(half, arch="sm_90", mask=torch.bool) == {"cudnn": 1}
+    assert _kernels(half, arch="sm_90", heads=(4, 2), enable_gqa=True, mask=torch.bool) == {"cudnn": 1}
+    assert _kernels(half, arch="sm_90", torch_version="2.10") == {"flash": 1}
+    assert _kernels(half, arch="sm_90", dropout_p=0.1) == {"flash": 1}  # cuDNN: multiples of 1/16
+    assert _kernels(half, arch="sm_90", dropout_p=0.125) == {"cudnn": 1}
+    assert _kernels(half, arch="sm_90", head_dim=136) == {"flash": 1}
+    assert _kernels(arch="sm_90") == {"efficient": 1}
+    assert _kernels(half, arch="sm_120") == _kernels(half, arch="sm_89") == {"flash": 1}
+    assert _kernels(half, arch="sm_89", head_dim=200) == {"efficient": 1}  # too little shared memory for its backward
+    assert _kernels(half, arch="sm_80", head_dim=200) == {"flash": 1}
+    assert _kernels(half, arch="sm_75") == {"math": 1}
+    assert _kernels(torch.float16, arch="sm_75") == {"efficient": 1}
+    assert _kernels(half, arch="sm_80", heads=(4, 2), enable_gqa=True, mask=torch.bool) == {"math": 1}
+    assert _kernels(torch.float32, torch_version="2.14", heads=(4, 2), enable_gqa=True) == {"efficient": 1}
+
+
+def test_attention_that_is_asked_for():
+    half = torch.bfloat16
+    assert _kernels(half, arch="sm_90", forced="flash") == {"flash": 1}
+    assert _kernels(half, arch="sm_80", forced="cudnn") == {"cudnn": 1}
+    assert _kernels(half, forced="math") == {"math": 1}
+    assert _kernels(half, forced="efficient") == {"efficient": 1}
+    assert _kernels(torch.float32, forced="flash") == {"efficient": 1}  # flash cannot: the next that can
+    with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        assert _kernels(half, arch="sm_90") == {"math": 1}
+
+
+def test_cudnn_is_not_preferred_when_told_so(monkeypatch):
+    monkeypatch.setenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
+    assert _kernels(torch.bfloat16, arch="sm_90") == {"flash": 1}
 
 
 def test_recomputed_attention_and_dropout_take_the_cuda_way():
@@ -254,3 +312,19 @@ def test_no_weights_are_initialised_or_allocated():
     with fake_session(Target(build_model=build, build_batches=lambda: [torch.zeros(1)])) as (model, _):
         assert model.weight.numel() * 4 == 160_000_000_000
         assert nn.init.normal_(tensor=model.weight, std=0.02) is model.weight
+
+
+def test_rms_norm_is_one_kernel_on_cuda():
+    def kept(weight_dtype=torch.float32, **assumed):
+        """Floats that the forward pass leaves for the backward pass, by operation."""
+        target = Target(
+            build_model=lambda: nn.RMSNorm(64, dtype=weight_dtype),
+            build_batches=lambda: [torch.randn(32, 64)],
+            compute_loss=lambda model, batch: model(batch * 2).square().mean(),
+        )
+        trace = trace_step(target, device=device_model("cuda", **assumed))
+        return {s.op for s in trace.storages if s.phase == "forward"}
+
+    assert "aten._fused_rms_norm.default" in kept()
+    assert "aten.rsqrt.default" in kept(torch="2.8")
+    assert "aten.rsqrt.default" in kept(torch.bfloat16)  # the fused kernel has one dtype

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from memadvise.memory.estimate import estimate
 from memadvise.memory.session import fake_session
 from memadvise.plan.schema import Setting
-from memadvise.scan import trace_setting
 from memadvise.target import Target
+from memadvise.whatif import trace_setting
 
 
 class Net(nn.Module):

@@ -12,8 +12,8 @@ from memadvise.memory.measure import measure_cpu
 from memadvise.memory.session import fake_session
 from memadvise.optim import Int8Weight, create_optimizer, quantize_weights
 from memadvise.plan.schema import Plan, Rule, Setting
-from memadvise.scan import trace_setting
 from memadvise.target import Target
+from memadvise.whatif import trace_setting
 
 SETTING = Setting("slimadam", {"axes": [1], "weights": "int8"})
 

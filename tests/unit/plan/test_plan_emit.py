@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from memadvise.plan.emit import emit_plan, is_unedited
 from memadvise.plan.load import load_plan, parse_plan
-from memadvise.plan.schema import ModelShape, Plan, Rule, Switches
+from memadvise.plan.schema import WEIGHT_FORMS, ModelShape, Plan, Rule, Switches
 
 NASTY = [
     "*",
@@ -74,7 +74,13 @@ size = st.integers(1, 10**15)
 plans = st.builds(
     Plan,
     rules=st.lists(rule, min_size=1, max_size=4).map(tuple),
-    switches=st.builds(Switches, micro_batches=st.integers(1, 64), checkpoint=st.lists(text, max_size=2).map(tuple)),
+    switches=st.builds(
+        lambda parts, checkpoint, release, weights: Switches(parts, checkpoint, release and parts == 1, weights),
+        st.integers(1, 64),
+        st.lists(text, max_size=2).map(tuple),
+        st.booleans(),
+        st.none() | st.sampled_from(WEIGHT_FORMS),
+    ),
     model=st.none()
     | st.builds(
         ModelShape,

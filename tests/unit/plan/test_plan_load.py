@@ -86,6 +86,39 @@ def test_a_whole_plan_is_read_with_types_decided_by_the_field() -> None:
     assert isinstance(plan.rules[1].options["momentum"], float)
 
 
+SWITCHED = "version: 1\nrules: [{match: '**', method: adamw}]\nswitches: "
+
+
+def test_switches_that_the_optimizer_executes() -> None:
+    plan = parse_plan(SWITCHED + "{gradient_release: true, weights: ecc8, checkpoint: [h.*]}")
+    assert plan.switches == Switches(1, ("h.*",), True, "ecc8")
+    assert parse_plan(SWITCHED + "{gradient_release: false, weights: null}").switches == Switches()
+
+
+@pytest.mark.parametrize(
+    ("switches", "message", "hint"),
+    [
+        ("{gradient_release: yes}", "switches.gradient_release should be true or false, found 'yes'", None),
+        ("{weights: ecc9}", "switches.weights 'ecc9' is none of bf16, stochastic, ecc8, ecc16, int8", "did you mean"),
+        ("{weights: none}", "switches.weights 'none' is none of", "remove the line"),
+        (
+            "{micro_batches: 2, gradient_release: true}",
+            "release and micro-batches exclude each other",
+            "choose",
+        ),
+    ],
+)
+def test_switches_that_cannot_be(switches: str, message: str, hint: str | None) -> None:
+    with pytest.raises(PlanError) as raised:
+        parse_plan(SWITCHED + switches, path="m.yaml")
+    (problem,) = raised.value.problems
+    assert message in problem.message
+    assert problem.where is not None
+    assert problem.where.line == 3
+    assert problem.where.column > 10
+    assert (hint or "") in (problem.hint or "")
+
+
 def test_a_learning_rate_factor_is_no_option_of_the_method() -> None:
     (rule,) = parse_plan(with_rule("{match: a, method: apollo, lr_factor: 1e1, rank: 4}")).rules
     assert (rule.lr_factor, rule.options) == (10.0, {"rank": 4})

@@ -108,47 +108,55 @@ SIZES = {"head": 4, "row": 16, "column": 16}
 
 
 def test_a_clear_winner():
-    chosen, why = choose_partition([value("head", 0.9), value("row", 0.4), value("column", 0.0)], SIZES)
-    assert chosen == "head"
-    assert "head 0.90 +- 0.02 by gradient covariance" in why
+    chosen, why, measured = choose_partition([value("head", 0.9), value("row", 0.4), value("column", 0.0)], SIZES)
+    assert (chosen, measured) == ("head", True)
+    assert "head 0.90 +- 0.02 by gradient covariance, clear" in why
 
 
 def test_the_finest_of_equals():
-    chosen, _ = choose_partition([value("head", 0.92), value("row", 0.88), value("column", 0.0)], SIZES)
+    chosen, *_ = choose_partition([value("head", 0.92), value("row", 0.88), value("column", 0.0)], SIZES)
     assert chosen == "row"
-    chosen, _ = choose_partition([value("head", 0.92), value("row", 0.80), value("column", 0.0)], SIZES)
+    chosen, *_ = choose_partition([value("head", 0.92), value("row", 0.80), value("column", 0.0)], SIZES)
     assert chosen == "head"
-    chosen, _ = choose_partition([value("head", 0.92, 0.15), value("row", 0.80, 0.15)], SIZES)
+    chosen, *_ = choose_partition([value("head", 0.92, 0.15), value("row", 0.85, 0.15)], SIZES)
     assert chosen == "row"  # within one standard error
 
 
+@pytest.mark.parametrize(("stderr", "clear"), [(0.099, True), (0.101, False)])
+def test_clear_is_two_standard_errors_above_a_half(stderr, clear):
+    chosen, why, measured = choose_partition([value("column", 0.7, stderr)], SIZES, prior="row")
+    assert (chosen, measured) == (("column", True) if clear else ("row", False))
+    assert (", clear" in why) == clear
+    assert ("is unclear (best: column 0.70 +- 0.10); row is the static prior" in why) == (not clear)
+    # a finer one that is not clear itself is not taken for being near
+    chosen, *_ = choose_partition([value("head", 0.8, 0.1), value("row", 0.78, 0.2)], SIZES)
+    assert chosen == "head"
+
+
 def test_weak_structure_falls_back_to_the_prior_and_says_so():
-    chosen, why = choose_partition([value("row", 0.31), value("column", 0.2)], SIZES, prior="row")
-    assert chosen == "row"
-    assert "no clear block structure" in why
-    assert "static prior" in why
-    assert "0.31" in why
-    chosen, why = choose_partition([value("head", 0.45, 0.2), value("row", 0.1)], SIZES, prior="row")
-    assert chosen == "row"
-    assert "unclear" in why
+    chosen, why, measured = choose_partition([value("row", 0.31), value("column", 0.2)], SIZES, prior="row")
+    assert (chosen, measured) == ("row", False)
+    assert why == "block structure is weak (best: row 0.31 +- 0.02); row is the static prior"
 
 
 def test_nothing_measured_falls_back_to_the_prior():
     assert choose_partition([], SIZES, prior="head") == (
         "head",
         "block structure was not measured; head is the static prior",
+        False,
     )
 
 
 def test_confirmation_decides_whatever_the_screen_says():
     screened = [value("head", 0.2), value("row", 0.9)]
     confirmed = [value("head", 0.7, 0.05, HESSIAN_VECTOR_PRODUCTS), value("row", 0.3, 0.05, HESSIAN_VECTOR_PRODUCTS)]
-    chosen, why = choose_partition(screened + confirmed, SIZES)
-    assert chosen == "head"
+    chosen, why, measured = choose_partition(screened + confirmed, SIZES)
+    assert (chosen, measured) == ("head", True)
     assert "head 0.70 +- 0.05 by Hessian-vector products" in why
     vetoed = [dataclasses.replace(confirmed[0], score=0.1), confirmed[1]]
-    assert choose_partition(screened + vetoed, SIZES, prior="head")[0] == "head"
-    assert "no clear block structure" in choose_partition(screened + vetoed, SIZES, prior="head")[1]
+    chosen, why, measured = choose_partition(screened + vetoed, SIZES, prior="head")
+    assert (chosen, measured) == ("head", False)
+    assert "is weak" in why
 
 
 def test_priors_of_the_papers():

@@ -1,5 +1,6 @@
 """Small real models and targets for the probe's tests."""
 
+import dataclasses
 import itertools
 
 import torch
@@ -7,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from memadvise.ledger import Parameter
+from memadvise.plan.schema import Setting
+from memadvise.probe.runner import run_probe
 from memadvise.target import Target
 
 WIDTH, HEADS, VOCABULARY, CONTEXT = 16, 4, 8, 12
@@ -115,3 +118,25 @@ def exact_hessian(loss: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
     rows = [torch.autograd.grad(g, weight, retain_graph=True)[0].flatten() for g in gradient.flatten()]
     return torch.stack(rows)
+
+
+ADAMW, ROWS, COLUMNS, WHOLE = Setting("adamw"), *(Setting("slimadam", {"axes": a}) for a in ([1], [0], [0, 1]))
+CANDIDATES = (ADAMW, ROWS, COLUMNS, WHOLE)
+
+
+def probe(target, parameters=None, *, settings=CANDIDATES, **options):
+    """A short probe with a few candidates for every matrix, never made longer."""
+    if parameters is None:
+        parameters = describe(target.model())
+    options = {"num_steps": 20, "optimizer_steps": 4, "methods": (), "hessian": False, "extensions": 0, **options}
+    return run_probe(
+        target, parameters, settings={p.name: settings for p in parameters if len(p.shape) == 2}, **options
+    )
+
+
+def by_name(result):
+    return {p.name: p for p in result.parameters}
+
+
+def without_times(result):
+    return dataclasses.replace(result, runs=tuple(dataclasses.replace(r, step_seconds=None) for r in result.runs))

@@ -13,7 +13,7 @@ import pytest
 
 from memadvise.ledger import MemoryLedger, Scan, from_dict, to_json
 from memadvise.report.draw import Bar, Timeline, make_console, render_text, table
-from memadvise.report.summary import axes_label, hessian_rows, module_rows, snr_rows, unknown_reasons
+from memadvise.report.summary import axes_label, device_rows, hessian_rows, module_rows, snr_rows, unknown_reasons
 from memadvise.report.text import render_recommendation, render_scan
 
 Golden = Callable[[str, str], None]
@@ -159,3 +159,11 @@ def test_an_empty_step_draws_nothing_strange() -> None:
     scan = Scan("t.py", None, {}, "sha256:0", (), (empty,))
     assert render_scan(scan).startswith("t.py: 0 B at the peak")
     assert "rich" in sys.modules
+
+
+def test_what_the_device_must_hold_adds_up(sample_scan: Scan) -> None:
+    memory = sample_scan.memory[0]
+    rows = device_rows(memory)
+    assert sum(row.needed_bytes for row in rows) == memory.needed_bytes
+    assert sum(row.comfortable_bytes for row in rows) == memory.comfortable_bytes
+    assert device_rows(dataclasses.replace(memory, reserved=(), overhead=())) == ()
