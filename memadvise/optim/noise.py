@@ -35,19 +35,13 @@ def signed32(bits: int) -> int:
     return bits - (1 << 32) if bits >> 31 else bits
 
 
-def _scrambled(key: int) -> tuple[int, int]:
-    """The halves of a key whose every bit depends on every bit of ``key`` (splitmix64): keys may be 0, 1, 2, ..."""
+def halves(key: int) -> tuple[int, int]:
+    """The halves (int32) of a key whose every bit depends on every bit of ``key`` (splitmix64): keys may be 0, 1, ..."""
     z = (key + 0x9E3779B97F4A7C15) & _MASK64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
     z ^= z >> 31
     return signed32(z), signed32(z >> 32)
-
-
-def halves(key: int) -> tuple[Tensor, Tensor]:
-    """A key as a compiled kernel takes it: a number would be a constant there, and compiled anew at every step."""
-    low, high = (torch.tensor(part, dtype=torch.int32, device="cpu") for part in _scrambled(key))
-    return low, high
 
 
 def _shifted(h: Tensor, places: int) -> Tensor:
@@ -57,7 +51,7 @@ def _shifted(h: Tensor, places: int) -> Tensor:
 
 def bits(key: Key, start: int, count: int, device: torch.device | str) -> Tensor:
     """``count`` uniform 32-bit integers (int32, with a sign) for the elements ``start``, ``start + 1``, ..."""
-    low, high = key if isinstance(key, tuple) else _scrambled(key)
+    low, high = key if isinstance(key, tuple) else halves(key)
     if valueless():  # following the numbers as known values would compute them
         h = torch.empty(count, device=device, dtype=torch.int32)
     else:

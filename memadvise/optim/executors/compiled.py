@@ -34,7 +34,7 @@ from memadvise.optim.recipe import Recipe
 MOST_CONSTANTS = 4  # different betas, eps and weight decays of one parameter: they are scheduled, not constants
 MOST_KERNELS = 32  # of one setting and pass: a model with more shapes than that would compile for minutes
 LEAST = {"cpu": 1 << 19, "cuda": 1 << 12}  # elements from which a kernel is made unasked
-AT_ONCE = {"cuda": 4}  # parameters in one call: there calling takes longer than the step of a small matrix
+AT_ONCE = {"cuda": (16, 4)}  # parameters in one call: there calling takes longer than the step of a small matrix
 _ALIGNMENT = 16  # bytes, which a CUDA kernel reads at once
 
 
@@ -173,25 +173,24 @@ def _no_compiler(error: BaseException) -> bool:
 
 
 def _buckets(works: Sequence[Work], h: Hyper, lr: Tensor) -> Iterator[tuple[_Plan | None, list[Work]]]:
-    """Parameters that can be stepped by one call, never in other numbers than all of :data:`AT_ONCE` or one: for each
-    number there is a kernel of its own.
+    """Parameters that can be stepped by one call, never in other numbers than those of :data:`AT_ONCE` or one: for
+    each number there is a kernel of its own.
     """
     alike: dict[Any, tuple[_Plan, list[Work]]] = {}
     for work in works:
         if isinstance(work.p, FakeTensor) or isinstance(work.g, FakeTensor):
             continue  # in a trace: a kernel allocates nothing of its own
         plan = _plan(work, h, lr)
-        if plan is None or AT_ONCE.get(work.p.device.type, 1) == 1:
+        if plan is None or work.p.device.type not in AT_ONCE:
             yield plan, [work]
         else:
             alike.setdefault((plan.identity, work.moment), (plan, []))[1].append(work)
     for plan, members in alike.values():
-        size = AT_ONCE[members[0].p.device.type]
-        whole = len(members) - len(members) % size
-        for start in range(0, whole, size):
-            yield plan, members[start : start + size]
-        for work in members[whole:]:
-            yield plan, [work]
+        start = 0
+        for size in (*AT_ONCE[members[0].p.device.type], 1):
+            while start + size <= len(members):
+                yield plan, members[start : start + size]
+                start += size
 
 
 def _step_some(plan: _Plan, works: list[Work], lr: Tensor) -> bool:
@@ -199,6 +198,7 @@ def _step_some(plan: _Plan, works: list[Work], lr: Tensor) -> bool:
     recipe = plan.program.recipe
     shared: Tensors = {LR: lr, **{f"scalar.{name}": t for name, t in works[0].scalars.items()}}
     own = [plan.gather(work) for work in works]
+    _add_keys(works, own)
     visits = recipe.method.visits(recipe.view, recipe.options)
     if visits > 1:  # in one kernel what two visits need would be kept between them: the parameter's size once more
         for number in range(visits):
@@ -215,6 +215,21 @@ def _step_some(plan: _Plan, works: list[Work], lr: Tensor) -> bool:
         for mine, counted in zip(own, signs, strict=True):
             mine[SIGNS] = counted
     return plan.run(MOVE, shared, own) is not None
+
+
+def _add_keys(works: Sequence[Work], own: Sequence[Tensors]) -> None:
+    """The keys of random numbers, as tensors: a number would be a constant of a kernel, compiled anew at every step."""
+    found: list[tuple[Tensors, str]] = []
+    numbers: list[int] = []
+    for work, mine in zip(works, own, strict=True):
+        for name in (*work.recipe.coded, WEIGHTS):
+            key = work.weight_key() if name == WEIGHTS else work.noise_key(name)
+            if key is not None:
+                found.append((mine, name))
+                numbers += noise.halves(key)
+    halves = torch.tensor(numbers, dtype=torch.int32, device="cpu").unbind() if numbers else ()
+    for (mine, name), low, high in zip(found, halves[::2], halves[1::2], strict=True):
+        mine[f"key.{name}.low"], mine[f"key.{name}.high"] = low, high
 
 
 def _plan(work: Work, h: Hyper, lr: Tensor) -> _Plan | None:
@@ -286,14 +301,10 @@ class _Plan:
         return [work.p, work.g, *(work.state[name[6:]] for name in self.names[2:])]  # without "state."
 
     def gather(self, work: Work) -> Tensors:
-        """What kernels are given of one parameter."""
+        """What kernels are given of one parameter, but for the keys of its random numbers."""
         tensors = dict(zip(self.names, self.tensors(work), strict=True))
         for name, shape in self.views.items():
             tensors[name] = tensors[name].view(shape)
-        for name in (*work.recipe.coded, WEIGHTS):
-            key = work.weight_key() if name == WEIGHTS else work.noise_key(name)
-            if key is not None:
-                tensors[f"key.{name}.low"], tensors[f"key.{name}.high"] = noise.halves(key)
         return tensors
 
     def times(self, tensor: Tensor) -> int:

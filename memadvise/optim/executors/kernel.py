@@ -23,6 +23,7 @@ LARGEST_INT32 = 2**31 - 1  # beyond this a kernel needs wider indices than those
 # Inductor keeps an expression that is long, or reads much, in a tensor of its own: the parameter's size once more.
 # Without any limit it would take minutes over nested ones, as it writes them out at every use.
 _INLINED = {"realize_reads_threshold": 12, "realize_opcount_threshold": 64}
+_UNCHECKED = {"size_asserts": False}  # sizes and strides are compared before a kernel is chosen; twice takes its time
 
 
 class Kernel:
@@ -55,7 +56,7 @@ class Kernel:
             with mode:
                 fakes = [self._fake(*pair) for pair in zip(examples, rows, strict=True)]
                 graph = make_fx(function, _allow_non_fake_inputs=True)(*fakes)
-            self._run: Any = compile_fx(graph, fakes, config_patches=_INLINED)
+            self._run: Any = compile_fx(graph, fakes, config_patches=_INLINED | _UNCHECKED)
         self._holds: dict[int, bool] = {}
 
     def _fake(self, tensor: Tensor, rows: int) -> Tensor:
