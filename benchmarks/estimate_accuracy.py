@@ -3,10 +3,10 @@
     python benchmarks/estimate_accuracy.py [--quick] [--few] [--device cpu|cuda]
 
 On the CPU the measurement is that of torch's allocator events (memadvise.memory.measure). On CUDA it is
-torch.cuda.max_memory_allocated() of the third step; there the workloads run enlarged, so that a step takes hundreds of
-MiB. Rows are printed as they come. A second table lays the estimates of others beside ours for plain AdamW: torch's
-MemTracker, torchinfo and accelerate, which are left out where they are not installed (pip install torchinfo
-accelerate).
+torch.cuda.max_memory_allocated() of the third step, and the estimate that of the simulated allocator; the workloads
+run enlarged, so that a step takes hundreds of MiB. Rows are printed as they come. A second table lays the
+estimates of others beside ours for plain AdamW: torch's MemTracker, torchinfo and accelerate, which are left out where
+they are not installed (pip install torchinfo accelerate).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def compare(workload: Workload, device: str, *, few: bool) -> Iterator[tuple[lis
     for optimizer, make, name, change in cases(target, device, few=few):
         start = time.perf_counter()
         assumed = local_device() if device == "cuda" and torch.cuda.is_available() else device
-        predicted = estimate(target, device=assumed, optimizer=make, switches=change).peak_bytes
+        predicted = estimate(target, device=assumed, optimizer=make, switches=change).allocated_bytes
         estimated = time.perf_counter()
         row: list[object] = [device, workload.name, optimizer, name, predicted / MIB]
         if device == "cuda" and not torch.cuda.is_available():
@@ -87,7 +87,7 @@ def beside_peers(workload: Workload, device: str, measured: float) -> list[objec
     """Ours and everybody else's error for plain AdamW, in per cent of what was measured (MiB)."""
     row: list[object] = [device, workload.name, measured]
     mine = estimate(workload.make(), device=local_device() if device == "cuda" else device)
-    for found in (mine.peak_bytes, *(peer_estimate(name, workload.make()) for name in PEERS)):
+    for found in (mine.allocated_bytes, *(peer_estimate(name, workload.make()) for name in PEERS)):
         row.append(found if isinstance(found, str) else f"{100 * (found / MIB / measured - 1):+.1f} %")
     return row
 

@@ -183,11 +183,18 @@ class MemoryLedger:
         return Switches(self.micro_batches, self.checkpoint, self.gradient_release, self.weights)
 
     @property
+    def allocated_bytes(self) -> int:
+        """What ``torch.cuda.max_memory_allocated`` says of the step: the peak, and on CUDA the rests of blocks that
+        are too small to be split off.
+        """
+        return max(self.peak_bytes, self.reserved[0].peak_allocated_bytes) if self.reserved else self.peak_bytes
+
+    @property
     def needed_bytes(self) -> int:
-        """Device memory below which the step cannot run: its live bytes at the peak and the least overhead. The
+        """Device memory below which the step cannot run: what is allocated at the peak and the least overhead. The
         allocator gives back what it caches before it gives up, so fragmentation only counts in part.
         """
-        return self.peak_bytes + sum(line.low_bytes for line in self.overhead)
+        return self.allocated_bytes + sum(line.low_bytes for line in self.overhead)
 
     @property
     def comfortable_bytes(self) -> int:

@@ -126,8 +126,11 @@ class DeviceModel:
 
     @property
     def cublaslt_workspace(self) -> int:
-        """Bytes that products with a bias take beside cuBLAS's workspace: none since both share one (#168175)."""
-        if self.torch_version >= (2, 11) and self.keeps_cublas_workspaces:
+        """Bytes that products with a bias take beside cuBLAS's workspace: none since both share one.
+
+        That is pytorch/pytorch#168175 and, for what it left, #175879: torch 2.11 was measured to take it still.
+        """
+        if self.torch_version >= (2, 12) and self.keeps_cublas_workspaces:
             return 0
         return 1024 * int(os.environ.get("CUBLASLT_WORKSPACE_SIZE", "1024"))
 

@@ -36,7 +36,7 @@ def signed32(bits: int) -> int:
 
 
 def halves(key: int) -> tuple[int, int]:
-    """The halves (int32) of a key whose every bit depends on every bit of ``key`` (splitmix64): keys may be 0, 1, ..."""
+    """The int32 halves of a key whose every bit depends on every bit of ``key`` (splitmix64); keys may be 0, 1, ..."""
     z = (key + 0x9E3779B97F4A7C15) & _MASK64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64

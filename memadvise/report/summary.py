@@ -81,7 +81,10 @@ def device_rows(ledger: MemoryLedger) -> tuple[DeviceRow, ...]:
         return ()
     rows = [DeviceRow("live tensors at the peak", ledger.peak_bytes, ledger.peak_bytes, f"{ledger.peak_phase} phase")]
     if ledger.reserved:
-        cached = max(0, ledger.reserved[0].peak_reserved_bytes - ledger.peak_bytes)
+        rest = max(0, ledger.allocated_bytes - ledger.peak_bytes)
+        if rest:
+            rows.append(DeviceRow("rests of blocks too small to split", rest, rest, "with them: max_memory_allocated"))
+        cached = max(0, ledger.reserved[0].peak_reserved_bytes - ledger.peak_bytes - rest)
         said = "; ".join(f"{r.settings}: {format_bytes(r.peak_reserved_bytes)} reserved" for r in ledger.reserved)
         rows.append(DeviceRow("reserved beyond them", 0, cached, f"allocator simulated, {said}"))
     rows += [DeviceRow(line.name, line.low_bytes, line.high_bytes, line.source) for line in ledger.overhead]
