@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from memadvise.optim import noise
-from memadvise.optim.executors import chunked, gathered
+from memadvise.optim.executors import chunked
 from memadvise.optim.executors.kernel import LARGEST_INT32, Kernel
 from memadvise.optim.executors.traced import AGREEMENT, GRADIENT, LR, MOVE, SIGNS, WEIGHTS, Pass, Program, block_width
 from memadvise.optim.executors.work import Work
@@ -34,7 +34,6 @@ from memadvise.optim.recipe import Recipe
 MOST_CONSTANTS = 4  # different betas, eps and weight decays of one parameter: they are scheduled, not constants
 MOST_KERNELS = 32  # of one setting and pass: a model with more shapes than that would compile for minutes
 LEAST = {"cpu": 1 << 19, "cuda": 1 << 12}  # elements from which a kernel is made unasked
-LEAST_ALONE = {"cpu": 1 << 19, "cuda": 1 << 8}  # the same for what cannot be gathered: its own calls cost milliseconds
 AT_ONCE = {"cuda": (16, 4)}  # parameters in one call: there calling takes longer than the step of a small matrix
 _ALIGNMENT = 16  # bytes, which a CUDA kernel reads at once
 
@@ -60,8 +59,7 @@ def usable(recipe: Recipe, p: Tensor) -> bool:
 
 def wanted(recipe: Recipe, p: Tensor) -> bool:
     """Whether a parameter is large enough for a kernel to be worth its compilation, and none has failed here."""
-    least = LEAST if gathered.elementwise(recipe) else LEAST_ALONE
-    return p.numel() >= least.get(device_type(p), LARGEST_INT32) and usable(recipe, p)
+    return p.numel() >= LEAST.get(device_type(p), LARGEST_INT32) and usable(recipe, p)
 
 
 def scratch_bytes(recipe: Recipe) -> int:
