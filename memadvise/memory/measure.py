@@ -1,9 +1,9 @@
 """Measure the memory of a real training step from the events of torch's own allocator, as torch.profiler logs them.
 
 The oracle for the estimate: the peak is exact for what the allocator handed out, on the CPU and, with the allocator's
-counters beside it (:mod:`.meter`), on CUDA. The events become the same kind of trace as a fake one, so categories
-follow from the same rules. What the profiler does not say stays unsaid: no source lines, and memory that libraries
-take past torch's allocator does not appear.
+counters beside it (:mod:`.meter`), which have the last word, on CUDA. The events become the same kind of trace as a
+fake one, so categories follow from the same rules. What the profiler does not say stays unsaid: no source lines, and
+memory that libraries take past torch's allocator does not appear.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.profiler import record_function
 
 from memadvise.ledger import MemoryLedger
 from memadvise.memory.allocator_log import MEMORY, AllocatorLog, allocator_log
+from memadvise.memory.counted import as_counted
 from memadvise.memory.events import Storage, Trace
 from memadvise.memory.meter import Meter, open_meter
 from memadvise.memory.phases import Phases
@@ -107,7 +108,7 @@ def measure(
     ledgers: list[MemoryLedger] = []
     for trace, metered in measured:
         ledger = build_ledger(trace, source="measure", optimizer=trace.optimizer, switches=switches)
-        ledgers.append(replace(ledger, warnings=(*ledger.warnings, *_disagreements(ledger, metered))))
+        ledgers.append(as_counted(ledger, metered))
         peaks.append(max(metered.values(), default=ledger.peak_bytes))
     highest = max(ledgers, key=lambda ledger: ledger.peak_bytes)
     overhead, said = meter.overhead()
@@ -169,16 +170,6 @@ class _PhasePeaks:
             self.peaks[self._phase] = max(peak, self.peaks.get(self._phase, 0))
         self._meter.reset()
         self._phase = phase
-
-
-def _disagreements(ledger: MemoryLedger, metered: dict[str, int]) -> list[str]:
-    """What the events add up to and what the device's own counters say has to be the same."""
-    return [
-        f"the allocator's own peak in the {phase.phase} phase is {metered[phase.phase]:,} bytes, its events add up to "
-        f"{phase.peak_bytes:,}"
-        for phase in ledger.phases
-        if phase.phase in metered and metered[phase.phase] != phase.peak_bytes
-    ]
 
 
 class _Reader:

@@ -94,12 +94,26 @@ def test_what_the_device_counts_and_nobody_holds_is_a_workspace(plain: MemoryLed
     assert ledger.assumptions[-1] == "said"
 
 
-def test_counters_that_disagree_with_the_events_are_told(plain: MemoryLedger) -> None:
-    ledger = counted(plain, more=512)
+@pytest.mark.parametrize("more", [512, -512, -MIB])
+def test_counters_that_disagree_with_the_events_are_told_and_decide(plain: MemoryLedger, more: int) -> None:
+    ledger = counted(plain, more=more)
     assert len(ledger.warnings) == 3
     assert "in the backward phase" in ledger.warnings[1]
-    assert f"{ledger.phase('backward').peak_bytes + 512:,}" in ledger.warnings[1]
-    assert ledger.reserved[0].peak_allocated_bytes == max(p.peak_bytes for p in ledger.phases) + 512
+    for phase in ledger.phases:
+        events = plain.phase(phase.phase)
+        assert phase.peak_bytes == events.peak_bytes + WORKSPACE + more
+        assert phase.by_category == {**events.by_category, "workspace": WORKSPACE + more}
+        assert sum(sum(cells.values()) for cells in phase.by_module.values()) == phase.peak_bytes
+    assert ledger.peak_bytes == max(p.peak_bytes for p in ledger.phases) == ledger.reserved[0].peak_allocated_bytes
+    assert sum(ledger.by_category.values()) == ledger.peak_bytes
+    assert ledger.by_module == ledger.phase(ledger.peak_phase).by_module
+
+
+def test_counters_below_what_the_tensors_take_do_not_decide(plain: MemoryLedger) -> None:
+    """More cannot be taken from the workspace than is in it: the events stay, and the warning."""
+    ledger = counted(plain, more=-2 * WORKSPACE)
+    assert len(ledger.warnings) == 3
+    assert all(p.peak_bytes == plain.phase(p.phase).peak_bytes + WORKSPACE for p in ledger.phases)
 
 
 def test_fewer_bytes_than_the_tensors_have_is_told() -> None:
