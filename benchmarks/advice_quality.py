@@ -47,7 +47,6 @@ from bench_support.advice import (
     plan_bytes,
     plan_from,
     rules_of,
-    spearman,
     uniform,
 )
 from bench_support.output import machine, table
@@ -59,6 +58,7 @@ from memadvise.ledger import Scan
 from memadvise.optim.create import deciding_rules
 from memadvise.optim.registry import default_lr_factor
 from memadvise.plan.schema import Plan, Rule, Setting
+from memadvise.probe.fidelity import spearman
 from memadvise.scan import ProbeOptions, run_scan
 
 TASKS = ("gpt", "vit", "resnet", "gnn", "lstm")
@@ -213,6 +213,12 @@ def scores(scan: Scan, attribute: str = "abs_d1") -> dict[tuple[str, str], float
     return found
 
 
+def correlation(left: Sequence[float], right: Sequence[float]) -> float:
+    """Spearman's, NaN where there is none."""
+    found = spearman(left, right)
+    return math.nan if found is None else found
+
+
 def half_agreement(scan: Scan) -> float:
     """Of the scores of the two halves of the window."""
     assert scan.probe is not None
@@ -223,13 +229,13 @@ def half_agreement(scan: Scan) -> float:
         for value in probe.fidelity
         if (probe.name, value.candidate) in first and value.half_scores is not None
     ]
-    return spearman(*zip(*pairs, strict=True)) if pairs else math.nan
+    return correlation([first for first, _ in pairs], [second for _, second in pairs])
 
 
 def agreement(left: Scan, right: Scan) -> float:
     one, other = scores(left), scores(right)
     common = sorted(one.keys() & other.keys())
-    return spearman([one[key] for key in common], [other[key] for key in common])
+    return correlation([one[key] for key in common], [other[key] for key in common])
 
 
 def compare(task: Task, budgets: Sequence[float], settings: Sequence[Setting], factors: Sequence[float]) -> bool:

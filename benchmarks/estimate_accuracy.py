@@ -1,12 +1,16 @@
 """The estimated peak of a training step beside the measured one.
 
     python benchmarks/estimate_accuracy.py [--quick] [--few] [--device cpu|cuda]
+    python benchmarks/estimate_accuracy.py --again benchmarks/results/estimate_accuracy_gpu.txt
 
 On the CPU the measurement is that of torch's allocator events (memadvise.memory.measure). On CUDA it is
 torch.cuda.max_memory_allocated() of the third step, and the estimate that of the simulated allocator; the workloads
 run enlarged, so that a step takes hundreds of MiB. Rows are printed as they come. A second table lays the
 estimates of others beside ours for plain AdamW: torch's MemTracker, torchinfo and accelerate, which are left out where
 they are not installed (pip install torchinfo accelerate).
+
+``--again`` needs no GPU: what a table of this command measured on one, beside what is estimated for that GPU and torch
+now.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import argparse
 import copy
 import dataclasses
 import gc
+import re
 import statistics
 import tempfile
 import time
@@ -27,7 +32,7 @@ from bench_support.estimators import PEERS, peer_estimate
 from bench_support.output import MIB, Rows, machine
 from bench_support.workloads import OPTIMIZERS, Workload, examples, families, llama_bf16, make_optimizer, switches
 
-from memadvise.memory.architecture import local_device
+from memadvise.memory.architecture import ARCHITECTURES, DeviceModel, device_model, local_device
 from memadvise.memory.estimate import estimate
 from memadvise.memory.measure import measure_cpu
 from memadvise.memory.trace import MakeOptimizer
@@ -54,7 +59,7 @@ def cases(target: Target, device: str, *, few: bool) -> Iterator[Case]:
     names, changes = OPTIMIZERS[device], switches(target)
     pairs = [(name, "none") for name in names] + [(names[0], change) for change in changes if change != "none"]
     if few:
-        pairs = [(names[0], "none"), (names[-1], "none"), pairs[-1]]
+        pairs = list(dict.fromkeys([(names[0], "none"), (names[-1], "none"), pairs[-1]]))
     for name, change in pairs:
         yield name, make_optimizer(name, target), change, changes[change]
 
@@ -92,6 +97,34 @@ def beside_peers(workload: Workload, device: str, measured: float) -> list[objec
     return row
 
 
+def measured_before(table: str) -> tuple[DeviceModel, list[tuple[str, str, str, float]]]:
+    """Of a printed table: the GPU and torch, and (workload, optimizer, switches, measured MiB) of each row."""
+    (version,) = re.findall(r"^versions:.* torch (\d+\.\d+\.\d+)", table, re.MULTILINE)
+    (name,) = re.findall(r"^gpu 0:\s+(.*?),", table, re.MULTILINE)
+    (arch,) = [a.name for a in ARCHITECTURES.values() if any(card in name for card in a.cards.split(", "))]
+    rows = [re.split(r"\s{2,}", line) for line in table.splitlines() if line.startswith("cuda ")]
+    measured = [(row[1], row[2], row[3], float(row[5].replace(",", ""))) for row in rows if len(row) == len(COLUMNS)]
+    return device_model("cuda", arch=arch, torch=version), list(dict.fromkeys(measured))
+
+
+def again(path: Path, folder: Path) -> None:
+    """Print the table of ``path`` with today's estimates."""
+    device, before = measured_before(path.read_text())
+    print(f"measured: {path}\nestimate: {device.arch}, torch {device.torch}\n")
+    table = Rows(COLUMNS, (6, 22, 18, 15))
+    table.start()
+    workloads = {w.name: w for w in (*families(large=True), *examples(large=True), llama_bf16(folder, large=True))}
+    errors = []
+    for name, optimizer, change, measured in before:
+        target, start = workloads[name].make(), time.perf_counter()
+        make, changes = make_optimizer(optimizer, target), switches(target)[change]
+        predicted = estimate(target, device=device, optimizer=make, switches=changes).allocated_bytes / MIB
+        errors.append(100 * (predicted / measured - 1))
+        took = time.perf_counter() - start
+        table.add(["cuda", name, optimizer, change, predicted, measured, f"{errors[-1]:+.2f}", took, ""])
+    print(summary("cuda", errors))
+
+
 def built_once(target: Target) -> Target:
     """``target`` with a model that is made once and copied: random weights take longer than the steps do."""
     made = target.build_model()  # now: what is made while it is measured is counted
@@ -112,9 +145,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three cases of two workloads")
     parser.add_argument("--few", action="store_true", help="three cases of every workload")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: both")
+    parser.add_argument("--again", type=Path, metavar="TABLE", help="estimate anew what that table measured on a GPU")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(machine(), end="\n\n")
+    if options.again:
+        with tempfile.TemporaryDirectory() as folder:
+            again(options.again, Path(folder))
+        return
     table = Rows(COLUMNS, (6, 22, 18, 15))
     table.start()
     sentences, plain = [], []

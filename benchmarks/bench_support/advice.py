@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,27 +216,3 @@ def at_random(scan: Scan, limit: int, *, ruled: bool, seed: int) -> tuple[dict[s
 def quantised_or_full(settings: dict[str, Setting]) -> bool:
     """Whether every parameter keeps both of AdamW's moments, in full or in eight bits."""
     return all(s.method == DENSE.method and "int4" not in codecs_of(s).values() for s in settings.values())
-
-
-def spearman(left: Sequence[float], right: Sequence[float]) -> float:
-    """Rank correlation, ties by their mean rank; NaN where one side is constant."""
-    ranks = [_ranks(values) for values in (left, right)]
-    means = [sum(r) / len(r) for r in ranks]
-    deviations = [[x - mean for x in r] for r, mean in zip(ranks, means, strict=True)]
-    products = sum(a * b for a, b in zip(*deviations, strict=True))
-    norm = math.sqrt(math.prod(sum(a * a for a in d) for d in deviations))
-    return products / norm if norm else math.nan
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    order = sorted(range(len(values)), key=values.__getitem__)
-    found = [0.0] * len(values)
-    start = 0
-    while start < len(order):
-        stop = start
-        while stop < len(order) and values[order[stop]] == values[order[start]]:
-            stop += 1
-        for i in order[start:stop]:
-            found[i] = (start + stop - 1) / 2
-        start = stop
-    return found

@@ -67,7 +67,7 @@ def check(
     exit_zero: Annotated[bool, typer.Option("--exit-zero", help="Report findings without failing.")] = False,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="For hf: targets.")] = None,
     seq_len: Annotated[int | None, typer.Option("--seq-len", min=1, help="For hf: targets.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="For hf: targets, such as bfloat16.")] = None,
+    dtype: common.Dtype = None,
     format: Annotated[
         list[str] | None,
         typer.Option(

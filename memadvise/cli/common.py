@@ -53,6 +53,7 @@ Arch = Annotated[
     str | None,
     typer.Option("--arch", metavar="sm_XY", help="CUDA architecture: sm_80 A100, sm_90 H100 (default), sm_120 RTX 50."),
 ]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="For hf: targets, such as bfloat16.")]
 Attention = Annotated[
     str | None,
     typer.Option(

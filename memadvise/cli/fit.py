@@ -41,7 +41,7 @@ def fit(
     assume: common.Assume = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Where the search begins.")] = None,
     seq_len: Annotated[int | None, typer.Option("--seq-len", min=1, help="Tokens of a sample.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="For hf: targets, such as bfloat16.")] = None,
+    dtype: common.Dtype = None,
     output: common.ResultFile = None,
     force: common.Force = False,
     format: common.FormatOption = common.Format.text,

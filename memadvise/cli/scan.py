@@ -100,7 +100,7 @@ def scan(
     seq_len: Annotated[
         int | None, typer.Option("--seq-len", min=1, help="Tokens in a sample, where the target takes it.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="For hf: targets, such as bfloat16.")] = None,
+    dtype: common.Dtype = None,
     extrapolate_depth: Annotated[
         bool,
         typer.Option("--extrapolate-depth", help="Trace 2, 3 and 4 of the repeated blocks, verify, derive the rest."),

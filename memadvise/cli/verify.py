@@ -28,7 +28,7 @@ def verify(
     seeds: Annotated[int, typer.Option("--seeds", min=2, help="Pairs of runs.")] = 2,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="For hf: targets.")] = None,
     seq_len: Annotated[int | None, typer.Option("--seq-len", min=1, help="For hf: targets.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="For hf: targets, such as bfloat16.")] = None,
+    dtype: common.Dtype = None,
     output: common.ResultFile = None,
     force: common.Force = False,
     format: common.FormatOption = common.Format.text,

@@ -632,3 +632,11 @@ def test_only_settings_of_the_table_are_explained() -> None:
 
 def test_the_convergence_table_covers_every_method() -> None:
     assert {setting.method for setting in convergence.SETTINGS} == set(list_methods())
+
+
+def test_a_table_of_a_gpu_is_read_again() -> None:
+    table = (BENCHMARKS / "results" / "estimate_accuracy_gpu.txt").read_text()
+    device, rows = estimate_accuracy.measured_before(table)
+    assert (device.arch, device.torch) == ("sm_90", "2.11.0")
+    assert ("family llama (large)", "memadvise slimadam", "none", 158.15) in rows
+    assert len(rows) == len(set(rows)) == 30
