@@ -1,4 +1,4 @@
-"""Shared fixtures: golden files, renewed with ``pytest --update-golden``."""
+"""Shared fixtures: a target, golden files, renewed with ``pytest --update-golden``."""
 
 from __future__ import annotations
 
@@ -261,3 +261,26 @@ def sample_scan() -> ledger.Scan:
 @pytest.fixture
 def sample_recommendation() -> SampleRecommendation:
     return make_recommendation()
+
+
+MLP = """
+import torch
+from torch import nn
+
+def build_model():
+    return nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 16))
+
+def build_batches():
+    return [torch.randn(32, 64) for _ in range(2)]
+
+def compute_loss(model, batch):
+    return model(batch).square().mean()
+"""
+
+
+@pytest.fixture
+def mlp_file(tmp_path: Path) -> Path:
+    """A target file of two layers."""
+    path = tmp_path / "model.py"
+    path.write_text(MLP)
+    return path

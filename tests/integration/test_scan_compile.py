@@ -192,24 +192,8 @@ def test_torch_is_as_it_was() -> None:
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 
-SOURCE = """
-import torch
-from torch import nn
-
-def build_model():
-    return nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 16))
-
-def build_batches():
-    return [torch.randn(32, 64) for _ in range(2)]
-
-def compute_loss(model, batch):
-    return model(batch).square().mean()
-"""
-
-
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target, file = tmp_path / "model.py", tmp_path / "scan.json"
-    target.write_text(SOURCE)
+def test_the_command(mlp_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target, file = mlp_file, tmp_path / "scan.json"
     assert run(["scan", str(target), "--no-probe", "--compile", "-o", str(file)]) == 0
     out = capsys.readouterr().out
     assert "Under torch.compile: an upper bound" in out

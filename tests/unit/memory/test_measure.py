@@ -186,24 +186,10 @@ def test_without_nvml_it_is_said() -> None:
     )  # fmt: skip
 
 
-SOURCE = """
-import torch
-from torch import nn
-
-def build_model():
-    return nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 16))
-
-def build_batches():
-    return [torch.randn(32, 64) for _ in range(2)]
-
-def compute_loss(model, batch):
-    return model(batch).square().mean()
-"""
-
-
-def test_the_command_measures_what_it_estimates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target, file = tmp_path / "model.py", tmp_path / "scan.json"
-    target.write_text(SOURCE)
+def test_the_command_measures_what_it_estimates(
+    mlp_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, file = mlp_file, tmp_path / "scan.json"
     assert run(["scan", str(target), "--no-probe", "--device", "cpu", "--measure", "-o", str(file)]) == 0
     out, err = capsys.readouterr()
     assert "\nMeasured\n" in out
