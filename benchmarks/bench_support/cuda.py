@@ -49,7 +49,9 @@ def measure_cuda(
     """
     gc.collect()
     if device == "cuda":
-        torch._C._cuda_clearCublasWorkspaces()  # those of what ran before: the estimate is of a process of its own
+        # Of what ran before, workspaces and blocks that are kept: the estimate is of a process of its own.
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
     with random_state_kept(), garbage_collection_paused():
         allocated, requested = _run(target, optimizer or default_optimizer, switches, device)
     gc.collect()

@@ -203,7 +203,7 @@ def device_model(device: str | DeviceModel, **changes: Any) -> DeviceModel:
         raise UsageError(f"'{model.torch}' is no version of torch", hint="for example --assume torch=2.13")
     if model.cublas_workspace is None:
         model = replace(model, cublas_workspace=cublas_workspace_bytes(model.architecture, model.torch_version))
-    return replace(model, cudnn_workspace=model.cudnn_workspace or 0)
+    return model
 
 
 def local_device() -> DeviceModel:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from memadvise.memory import cudnn_convolution, reductions
 from memadvise.memory.architecture import DeviceModel
 
 _aten = torch.ops.aten
@@ -74,16 +75,14 @@ def _per_query_head(query: torch.Tensor, key: torch.Tensor) -> list[int]:
 def _efficient_backward(args: tuple[Any, ...], kwargs: dict[str, Any], model: DeviceModel) -> list[int]:
     """transformers/cuda/attention_backward.cu and mem_eff_attention/kernel_backward.h.
 
-    fp32: ``(grad * out).sum(-1)`` outside the kernel. Half precision: row sums, and fp32 accumulators of dq by tiles,
-    and of dk and dv where they do not fit in registers (head_dim above 128).
+    Row sums, and fp32 accumulators of dq by tiles, and of dk and dv where they do not fit in registers (head_dim above
+    128). fp32: ``(grad * out).sum(-1)`` outside the kernel, before it.
     """
     query, key, value = args[1], args[2], args[3]
     batch, heads, length, head_dim = query.shape
     keys, widest = key.shape[2], max(head_dim, value.shape[-1])
     rows = _FP32 * batch * heads * length
     scratch = _row_major_copy(args[0]) + _per_query_head(query, key)
-    if query.dtype is torch.float32:
-        return [*scratch, rows * value.shape[-1], rows, rows]
     tile_rows, tile_columns = (128, 64) if 64 < widest <= 128 else (64, 64)
     tiles = -(-length // tile_rows) * -(-head_dim // tile_columns)
     elements = tiles * (tile_rows * tile_columns + 4)
@@ -92,7 +91,10 @@ def _efficient_backward(args: tuple[Any, ...], kwargs: dict[str, Any], model: De
         elements += sum(
             splits * tile_columns * -(-width // tile_rows) * tile_rows for width in (head_dim, value.shape[-1])
         )
-    return [*scratch, rows, _FP32 * batch * heads * -(-elements // 4) * 4]
+    accumulators = _FP32 * batch * heads * -(-elements // 4) * 4
+    if query.dtype is torch.float32 and accumulators < rows * value.shape[-1]:
+        return [*scratch, rows, rows * value.shape[-1]]  # both at once never are
+    return [*scratch, rows, accumulators]
 
 
 # ---------------------------------------------------------------- normalisation
@@ -135,6 +137,11 @@ def _group_norm_backward(args: tuple[Any, ...], kwargs: dict[str, Any], model: D
         + [_FP32 * batch * channels] * 3
         + [_FP32 * batch * groups] * 2
     )  # fmt: skip
+
+
+def _softmax_backward(args: tuple[Any, ...], kwargs: dict[str, Any], model: DeviceModel) -> list[int]:
+    """cuda/SoftMax.cu: the gradient times the output, before the kernel."""
+    return _contiguous_copies(0, 1)(args, kwargs, model) + [num_bytes(args[0])]
 
 
 # ---------------------------------------------------------------- indexing and sorting
@@ -226,20 +233,6 @@ def _foreach_norm(args: tuple[Any, ...], kwargs: dict[str, Any], model: DeviceMo
     return [_FP32 * len(tensors) * chunks] if chunks else []
 
 
-def _convolution(args: tuple[Any, ...], kwargs: dict[str, Any], model: DeviceModel) -> list[int]:
-    return [model.cudnn_workspace] if model.cudnn_workspace else []
-
-
-def convolution_copies(args: tuple[Any, ...]) -> int:
-    """Bytes of input, weight and output or its gradient: what cuDNN takes when its kernel wants another layout.
-
-    ``args`` are those of ``convolution`` or ``convolution_backward``.
-    """
-    tensors = [tensor for tensor in args[:3] if isinstance(tensor, torch.Tensor) and tensor.ndim > 2]
-    return sum(num_bytes(tensor) for tensor in tensors)
-
-
-CONVOLUTIONS = (_aten.convolution.default, _aten.convolution_backward.default)
 FORMULAS: dict[Any, Formula] = {
     _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     _aten._scaled_dot_product_cudnn_attention_backward.default: _cudnn_backward,
@@ -250,7 +243,7 @@ FORMULAS: dict[Any, Formula] = {
     _aten.native_group_norm_backward.default: _group_norm_backward,
     _aten._softmax.default: _contiguous_copies(0),
     _aten._log_softmax.default: _contiguous_copies(0),
-    _aten._softmax_backward_data.default: _contiguous_copies(0, 1),
+    _aten._softmax_backward_data.default: _softmax_backward,
     _aten._log_softmax_backward_data.default: _contiguous_copies(0, 1),
     _aten.embedding_dense_backward.default: _embedding_backward,
     _aten.index_put_.default: _index_put,
@@ -263,7 +256,8 @@ FORMULAS: dict[Any, Formula] = {
     _aten.addmm.default: _product(1),
     _aten.baddbmm.default: _product(1),
     _aten._foreach_norm.Scalar: _foreach_norm,
-    **dict.fromkeys(CONVOLUTIONS, _convolution),
+    **cudnn_convolution.FORMULAS,
+    **reductions.FORMULAS,
 }
 if hasattr(_aten, "_fused_rms_norm_backward"):  # from torch 2.9 on
     FORMULAS[_aten._fused_rms_norm_backward.default] = _rms_norm_backward

@@ -19,7 +19,7 @@ from torch import nn
 from torch.profiler import record_function
 
 from memadvise.ledger import MemoryLedger
-from memadvise.memory.allocator_log import MEMORY, AllocatorLog, allocator_log
+from memadvise.memory.allocator_log import MEMORY, AllocatorLog
 from memadvise.memory.counted import as_counted
 from memadvise.memory.events import Storage, Trace
 from memadvise.memory.meter import Meter, open_meter
@@ -146,7 +146,7 @@ def _logged_step(
 ) -> tuple[Trace, dict[str, int]]:
     """One step's trace, and the peak of each phase by the device's own counters (empty where it has none)."""
     peaks = _PhasePeaks(meter)
-    with allocator_log() as log, reader.marking(peaks.enter):
+    with meter.logged() as log, reader.marking(peaks.enter):
         train_step(target, model, batch, optimizer, micro_batches=micro_batches)
         meter.settle()
     peaks.enter("")

@@ -12,6 +12,7 @@ import torch
 from memadvise.errors import EnvironmentProblem
 from memadvise.ledger import Overhead, Reservation
 from memadvise.memory.allocator_log import AllocatorLog, allocator_log
+from memadvise.memory.cuda_log import cuda_allocator_log
 from memadvise.memory.device import DeviceUse, device_use
 from memadvise.memory.session import map_tensors, own_copy
 from memadvise.units import format_bytes
@@ -42,6 +43,10 @@ class Meter:
 
     def history(self) -> contextlib.AbstractContextManager[AllocatorLog | None]:
         """A log of the allocator's events before the measured step; None where the device's counters do without."""
+        return allocator_log()
+
+    def logged(self) -> contextlib.AbstractContextManager[AllocatorLog]:
+        """A log of the allocator's events in the measured step."""
         return allocator_log()
 
     def settle(self) -> None:
@@ -113,6 +118,9 @@ class CudaMeter(Meter):
 
     def history(self) -> contextlib.AbstractContextManager[AllocatorLog | None]:
         return contextlib.nullcontext()
+
+    def logged(self) -> contextlib.AbstractContextManager[AllocatorLog]:
+        return cuda_allocator_log()
 
     def settle(self) -> None:
         torch.cuda.synchronize()

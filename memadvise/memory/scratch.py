@@ -16,9 +16,10 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
+from memadvise.memory import cudnn_convolution
 from memadvise.memory.allocator_log import allocator_log
 from memadvise.memory.architecture import DeviceModel
-from memadvise.memory.cuda_scratch import CONVOLUTIONS, FORMULAS, convolution_copies, num_bytes
+from memadvise.memory.cuda_scratch import FORMULAS, num_bytes
 from memadvise.units import format_bytes
 
 _aten = torch.ops.aten
@@ -87,7 +88,8 @@ class KernelScratch:
     Attributes:
         measured: how many kernels were run to learn their scratch.
         skipped: how many were too large for that, or would not run on zeros.
-        convolution_copies: the most bytes that a convolution may take beyond what is counted.
+        convolutions: whether there were any on CUDA.
+        convolution_workspace: the most bytes that one of them takes there.
     """
 
     def __init__(self, model: DeviceModel) -> None:
@@ -95,7 +97,8 @@ class KernelScratch:
         self._cuda = model.is_cuda
         self.measured = 0
         self.skipped = 0
-        self.convolution_copies = 0
+        self.convolutions = False
+        self.convolution_workspace = 0
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> list[int]:
         """Bytes of each scratch block that ``func`` holds while it runs; empty for most operations."""
@@ -103,10 +106,12 @@ class KernelScratch:
         if formula is not None:
             return formula(args)
         if self._cuda:
-            if func in CONVOLUTIONS:
-                self.convolution_copies = max(self.convolution_copies, convolution_copies(args))
             of_cuda = FORMULAS.get(func)
-            return of_cuda(args, kwargs or {}, self._model) if of_cuda is not None else []
+            taken = of_cuda(args, kwargs or {}, self._model) if of_cuda is not None else []
+            if func in cudnn_convolution.FORMULAS:
+                self.convolutions = True
+                self.convolution_workspace = max(self.convolution_workspace, *taken, 0)
+            return taken
         if func in _MEASURED_ON_CPU or (func in _MATRIX_PRODUCTS and args[-1].dtype in _HALF):
             scratch = self._learn(func, args, kwargs or {}).scratch
             return [scratch] if scratch else []
@@ -139,14 +144,13 @@ class KernelScratch:
     def assumptions(self) -> list[str]:
         """How the numbers came about, one sentence each."""
         if self._cuda:
-            said = ["Scratch inside attention, normalisation, embedding, indexing, sorting and matrix kernels follows "
-                    "their sources."]  # fmt: skip
-            if self.convolution_copies:
-                counted = format_bytes(self._model.cudnn_workspace or 0)
+            said = ["Scratch inside attention, normalisation, embedding, indexing, sorting, reduction and matrix "
+                    "kernels follows their sources."]  # fmt: skip
+            if self.convolutions:
+                rule = "by a rule that was measured" if self._model.cudnn_workspace is None else "as assumed"
                 said.append(
-                    f"cuDNN's workspace is counted as {counted} for a convolution; kernels that want another layout "
-                    f"take up to {format_bytes(self.convolution_copies)} here, and with cudnn.benchmark more (--assume "
-                    "cudnn_workspace=)."
+                    f"cuDNN's workspace of a convolution, up to {format_bytes(self.convolution_workspace)} here, is "
+                    f"counted {rule}; with cudnn.benchmark it may be more (--assume cudnn_workspace=)."
                 )
             return said
         said = ["Sizes are exact bytes as on the CPU; scratch inside convolution, normalisation, attention and "

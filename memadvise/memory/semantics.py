@@ -27,6 +27,7 @@ from memadvise.memory.architecture import DeviceModel
 from memadvise.memory.attention import cuda_attention
 from memadvise.memory.autocast import cuda_autocast
 from memadvise.memory.cuda_calls import cuda_calls
+from memadvise.memory.cudnn_rnn import KERNELS as RNN_KERNELS
 from memadvise.memory.dispatch import kernels_replaced
 from memadvise.memory.kernels import composites_as_they_run
 from memadvise.memory.rms_norm import cuda_rms_norm, fuses
@@ -299,6 +300,8 @@ def _cuda_kernels(semantics: Semantics) -> Iterator[None]:
         replace("dropout", dropout)
         replace("softmax.int", softmax(_aten._softmax))
         replace("log_softmax.int", softmax(_aten._log_softmax))
+        for name, kernel in RNN_KERNELS.items():
+            replace(name, kernel)
         if fuses(semantics.model):
             replace("rms_norm", cuda_rms_norm)
         yield

@@ -154,8 +154,9 @@ def trace_step(
         if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
             trace.assumptions.append("torch.compile is left out: the memory is that of eager execution.")
         if assumed.is_cuda and any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            trace.warnings.append(
-                "what cuDNN keeps of recurrent layers for the backward pass is not counted: expect a higher peak."
+            trace.assumptions.append(
+                "Recurrent layers run in cuDNN: what it keeps and what it takes while it runs follow rules that were "
+                "measured on an H200."
             )
         if session.host_values is not None:
             trace.assumptions += session.host_values.known_reads()

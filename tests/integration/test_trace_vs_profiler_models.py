@@ -222,9 +222,3 @@ def test_a_shape_that_nobody_can_know_is_named_with_its_line():
         for find in (partial(estimate, device="cpu"), measure_cpu)
     )
     assert traced.peak_bytes == pytest.approx(measured.peak_bytes, rel=TOLERANCE)
-
-
-def test_what_cudnn_keeps_is_said_to_be_missing():
-    assert any("cuDNN keeps of recurrent layers" in warning for warning in estimate(TARGETS["lstm"]).warnings)
-    assert not estimate(TARGETS["lstm"], device="cpu").warnings
-    assert not estimate(TARGETS["encoder"]).warnings

@@ -31,6 +31,7 @@ sys.path.append(str(BENCHMARKS))
 import convergence  # noqa: E402
 import estimate_accuracy  # noqa: E402
 import record_allocator  # noqa: E402
+import record_cudnn  # noqa: E402
 import scaling  # noqa: E402
 import shadow_cost  # noqa: E402
 import step_time  # noqa: E402
@@ -509,6 +510,30 @@ def test_recordings_of_the_allocator_say_so_where_there_is_no_cuda(
     monkeypatch.setattr(sys, "argv", ["record_allocator.py"])
     record_allocator.main()
     assert "not measured: torch sees no CUDA device" in capsys.readouterr().out
+
+
+def test_cudnn_is_not_measured_without_a_gpu_and_a_recording_is_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["record_cudnn.py"])
+    record_cudnn.main()
+    assert "not measured: torch sees no CUDA device" in capsys.readouterr().out
+    stored = ROOT / "tests/data/cudnn/h200.json"
+    monkeypatch.setattr(
+        sys, "argv", ["record_cudnn.py", "--again", str(stored), "--write", str(tmp_path / "again.json")]
+    )
+    record_cudnn.main()
+    assert "LSTM: reserve" in capsys.readouterr().out
+    assert (tmp_path / "again.json").read_text() == stored.read_text()
+
+
+def test_the_cases_of_cudnn_are_those_of_the_recording() -> None:
+    recorded = json.loads((ROOT / "tests/data/cudnn/h200.json").read_text())
+    made = [json.loads(json.dumps(case)) for case in record_cudnn.recurrent()]
+    assert made == [case[:6] for case in recorded["recurrent"]]
+    wanted = {json.dumps(case) for case in record_cudnn.convolutions()}
+    assert {json.dumps(case[:3]) for case in recorded["convolutions"]} <= wanted
 
 
 def test_a_recording_of_the_allocator_is_read_as_it_was_written(

@@ -61,9 +61,15 @@ def test_cudnn_backward_accumulates_dq_whole():
 def test_efficient_backward_sums_rows_outside_the_kernel_in_fp32():
     op = "_scaled_dot_product_efficient_attention_backward"
     # The gradient of a sum is expanded: the kernel wants it contiguous.
-    assert _scratch(_attend, *QKV, op=op) == [ROWS * DIM, ROWS * DIM, ROWS, ROWS]
+    accumulators = 4 * BATCH * HEADS * 4 * (64 * 64 + 4)  # more than the product of gradient and output before it
+    assert _scratch(_attend, *QKV, op=op) == [ROWS * DIM, ROWS, accumulators]
     half = _scratch(_attend, *QKV, op=op, dtype=torch.bfloat16, attention="efficient")
     assert half == [ROWS * DIM // 2, ROWS, 4 * BATCH * HEADS * 4 * (64 * 64 + 4)]
+
+
+def test_softmax_backward_multiplies_gradient_and_output_first():
+    assert _scratch(lambda x: F.softmax(x, -1) * 2, (8, 64), op="_softmax_backward_data") == [4 * 8 * 64]
+    assert _scratch(lambda x: F.log_softmax(x, -1) * 2, (8, 64), op="_log_softmax_backward_data") == []
 
 
 def test_embedding_backward_sorts_when_there_are_many_indices():
@@ -133,16 +139,21 @@ def test_clipping_keeps_a_number_for_every_chunk():
     assert {s.num_bytes for s in trace.storages if s.op == "aten._foreach_norm.Scalar" and s.kind} == {4 * 4}
 
 
-def test_convolutions_take_what_is_assumed_and_the_range_is_told():
+def test_convolutions_take_what_is_assumed_and_the_rule_is_told():
     target = Target(
-        build_model=lambda: nn.Conv2d(3, 8, 3),
-        build_batches=lambda: [torch.zeros(4, 3, 32, 32)],
+        build_model=lambda: nn.Conv2d(16, 8, 3),
+        build_batches=lambda: [torch.zeros(4, 16, 32, 32)],
         compute_loss=lambda model, batch: model(batch).square().mean(),
     )
-    said = " ".join(estimate(target).assumptions)
-    assert "counted as 0 B for a convolution" in said
-    assert "up to 161.3 KiB here" in said  # gradient 4 x 8 x 30 x 30, input, weight
-    taken = trace_step(target, device=device_model("cuda", cudnn_workspace=5 * MIB)).storages
-    assert [s.num_bytes for s in taken if s.op.startswith("aten.convolution") and s.kind == "workspace"] == [
-        5 * MIB
-    ] * 4
+    copies = 4 * (4 * 16 * 32 * 32 + 8 * 16 * 9 + 4 * 8 * 30 * 30)
+    assert [s.num_bytes for s in _of_convolutions(target)] == [copies, copies + 14 * 4 * 8 * 16 * 9] * 2
+    assert "counted by a rule that was measured" in " ".join(estimate(target).assumptions)
+    assumed = device_model("cuda", cudnn_workspace=5 * MIB)
+    assert [s.num_bytes for s in _of_convolutions(target, assumed)] == [5 * MIB] * 4
+    assert "counted as assumed" in " ".join(estimate(target, device=assumed).assumptions)
+    assert _of_convolutions(target, device_model("cuda", cudnn_workspace=0)) == []
+
+
+def _of_convolutions(target, device="cuda"):
+    storages = trace_step(target, device=device).storages
+    return [s for s in storages if s.op.startswith("aten.convolution") and s.kind == "workspace"]
