@@ -1,6 +1,6 @@
 """The estimated peak of a training step beside the measured one.
 
-    python benchmarks/estimate_accuracy.py [--quick] [--few] [--device cpu|cuda]
+    python benchmarks/estimate_accuracy.py [--quick] [--few] [--device cpu|cuda] [--only PATTERN ...]
     python benchmarks/estimate_accuracy.py --again benchmarks/results/estimate_accuracy_gpu.txt
 
 On the CPU the measurement is that of torch's allocator events (memadvise.memory.measure). On CUDA it is
@@ -99,8 +99,8 @@ def beside_peers(workload: Workload, device: str, measured: float) -> list[objec
 
 def measured_before(table: str) -> tuple[DeviceModel, list[tuple[str, str, str, float]]]:
     """Of a printed table: the GPU and torch, and (workload, optimizer, switches, measured MiB) of each row."""
-    (version,) = re.findall(r"^versions:.* torch (\d+\.\d+\.\d+)", table, re.MULTILINE)
-    (name,) = re.findall(r"^gpu 0:\s+(.*?),", table, re.MULTILINE)
+    (version,) = set(re.findall(r"^versions:.* torch (\d+\.\d+\.\d+)", table, re.MULTILINE))
+    (name,) = set(re.findall(r"^gpu 0:\s+(.*?),", table, re.MULTILINE))
     (arch,) = [a.name for a in ARCHITECTURES.values() if any(card in name for card in a.cards.split(", "))]
     rows = [re.split(r"\s{2,}", line) for line in table.splitlines() if line.startswith("cuda ")]
     measured = [(row[1], row[2], row[3], float(row[5].replace(",", ""))) for row in rows if len(row) == len(COLUMNS)]
@@ -108,7 +108,7 @@ def measured_before(table: str) -> tuple[DeviceModel, list[tuple[str, str, str, 
 
 
 def again(path: Path, folder: Path) -> None:
-    """Print the table of ``path`` with today's estimates."""
+    """Print the tables of ``path``, as one, with today's estimates."""
     device, before = measured_before(path.read_text())
     print(f"measured: {path}\nestimate: {device.arch}, torch {device.torch}\n")
     table = Rows(COLUMNS, (6, 22, 18, 15))
@@ -135,15 +135,20 @@ def summary(device: str, errors: list[float]) -> str:
     """One sentence."""
     if not errors:
         return f"{device}: not measured (torch sees no CUDA device)."
-    worst = max(errors, key=abs)
     middle = statistics.median(map(abs, errors))
-    return f"{device}: {len(errors)} steps measured, median |error| {middle:.3f} %, worst {worst:+.3f} %."
+    sizes = sorted(map(abs, errors))
+    late = sizes[min(len(sizes) - 1, int(0.95 * len(sizes)))]
+    return (
+        f"{device}: {len(errors)} steps measured, |error| {middle:.3f} % in the median, {late:.3f} % at the 95th "
+        f"percentile; lowest {min(errors):+.3f} %, highest {max(errors):+.3f} %."
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Estimated against measured peaks of training steps.")
     parser.add_argument("--quick", action="store_true", help="three cases of two workloads")
     parser.add_argument("--few", action="store_true", help="three cases of every workload")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="PATTERN", help="workloads whose name contains it")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: both")
     parser.add_argument("--again", type=Path, metavar="TABLE", help="estimate anew what that table measured on a GPU")
     options = parser.parse_args()
@@ -159,7 +164,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for device in [options.device] if options.device else ["cpu", "cuda"]:
             large = device == "cuda" and torch.cuda.is_available()
-            workloads = [*families(large=large), *examples(large=large), llama_bf16(Path(folder), large=large)]
+            every = [*families(large=large), *examples(large=large), llama_bf16(Path(folder), large=large)]
+            workloads = [w for w in every if any(pattern in w.name for pattern in options.only)]
             errors = []
             for workload in workloads[-2:] if options.quick else workloads:
                 for number, (row, error) in enumerate(compare(workload, device, few=options.quick or options.few)):

@@ -9,7 +9,8 @@ are two ratios: process CPU seconds with one thread, which another load on the m
 with all threads. The first step of each row finds nothing compiled, on disk or in memory. Transient memory is the
 growth of resident memory within a step by the kernel's high-water mark, beside the count of torch's allocator; scratch
 is what our optimizers say they need. On CUDA the time is what events on the stream say, and what had to be read and
-written (the byte bound is that, relative to the yardstick) over this time is set beside the bandwidth of a copy.
+written (the byte bound is that, relative to the yardstick) over this time is set beside the bandwidth of a copy; beside
+it stand what the kernels of one step take together, and how many there are: where that is less, calls are what is paid.
 
 Low-rank methods (APOLLO, GaLore; ours and the peers') step the matrices of the blocks, at rank 192 or 1, and leave
 embeddings, norms and biases to their dense Adam, as the papers do. They project once, in the first step: no timed step
@@ -35,6 +36,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 # Threads that wait by spinning slow each other down many times over where cores are shared; torch's do by default.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -53,8 +55,8 @@ CPU_COLUMNS = (
     "state B/param", "transient MiB", "allocator", "scratch",
 )  # fmt: skip
 CUDA_COLUMNS = (
-    "optimizer", "executor", "ms", "ratio", "byte bound", "GB/s", "% of copy", "first s", "state B/param",
-    "transient MiB", "scratch",
+    "optimizer", "executor", "ms", "ratio", "device ms", "launches", "byte bound", "GB/s", "% of copy", "first s",
+    "state B/param", "transient MiB", "scratch",
 )  # fmt: skip
 
 
@@ -84,7 +86,8 @@ def cells(row: Row, result: Result, count: int, bandwidth: float | None) -> list
     if bandwidth is not None:
         speed = None if result.moved_bytes is None else result.moved_bytes / result.cpu.seconds
         rate = ["", ""] if speed is None else [speed / 1e9, 100 * speed / bandwidth]
-        return [*common, bound, *rate, result.first_seconds, state, result.allocator_bytes / MIB, scratch]
+        device: list[object] = [1000 * result.device_seconds, result.launches]
+        return [*common, *device, bound, *rate, result.first_seconds, state, result.allocator_bytes / MIB, scratch]
     return [
         *common,
         "" if result.wall is None else result.wall.ratio,
@@ -122,6 +125,7 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="rows whose name contains or matches")
     parser.add_argument("--no-peers", action="store_true", help="torch's and our own rows only")
+    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="compiled kernels to use and keep: no cold steps")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no row after so many")
     options = parser.parse_args()
     if options.rounds < LEAST_ROUNDS and not options.quick:
@@ -134,7 +138,8 @@ def main() -> None:
     torch.manual_seed(0)
     dtype, start = getattr(torch, options.dtype), time.perf_counter()
     vocabulary = 2048 if options.quick else 50257 * min(blocks, 12) // 12
-    yardstick = Yardstick(Gpt2(blocks=blocks, vocabulary=vocabulary).to(options.device, dtype), options.device)
+    model = Gpt2(blocks=blocks, vocabulary=vocabulary).to(options.device, dtype)
+    yardstick = Yardstick(model, options.device, options.cache)
     wall = options.device == "cpu" and not options.no_wall
     bandwidth = copy_bandwidth(options.device) if options.device == "cuda" else None
     print(machine(), f"{'peers:':<10}{'' if options.no_peers else peers.versions()}".rstrip(), sep="\n")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 
 from bench_support.rows import Row, moved_bytes, torch_adamw
 from memadvise.memory.allocator_log import allocator_log
@@ -54,6 +55,7 @@ class Result:
         allocator_bytes: the most that torch's allocator held within a step beyond what it held before.
         moved_bytes, yardstick_bytes: see :func:`bench_support.rows.moved_bytes`.
         executors, scratch_bytes: of our optimizers: what stepped, and the largest scratch it says it needs.
+        launches, device_seconds: on CUDA: how many kernels a step launches, and what they take together; else 0.
     """
 
     cpu: Pair
@@ -66,13 +68,17 @@ class Result:
     yardstick_bytes: int
     executors: str
     scratch_bytes: int | None
+    launches: int = 0
+    device_seconds: float = 0.0
 
 
 class Yardstick:
-    """torch's fused AdamW on a model with gradients; every row steps an equal copy of it."""
+    """torch's fused AdamW on a model with gradients; every row steps an equal copy of it. ``cache``: a folder of
+    compiled kernels to use and to fill, where first steps need not be cold.
+    """
 
-    def __init__(self, model: nn.Module, device: str) -> None:
-        self.device = device
+    def __init__(self, model: nn.Module, device: str, cache: Path | None = None) -> None:
+        self.device, self.cache = device, cache
         self.model = with_gradients(model)
         self.count = sum(p.numel() for p in model.parameters())
         self.largest_bytes = max(p.numel() * p.itemsize for p in model.parameters())
@@ -87,7 +93,7 @@ class Yardstick:
         """
         model = copy.deepcopy(self.model)
         pairs = [(p, q.grad.clone()) for p, q in zip(model.parameters(), self.model.parameters(), strict=True)]
-        with cold_compiler():
+        with cold_compiler() if self.cache is None else warm_compiler(self.cache):
             torch.set_num_threads(threads if wall_clock else 1)
             optimizer = row.make(model)
 
@@ -103,6 +109,7 @@ class Yardstick:
             allocator = allocator_bytes(step, self.device)
             torch.set_num_threads(1)
             cpu = self._in_turn(step, row.period, rounds, time.process_time)
+            launches, device = on_the_device(step) if self.device == "cuda" else (0, 0.0)
             watched = min(model.parameters(), key=torch.Tensor.numel)
             watched.data.zero_()  # whatever the dtype: any update shows
             step()
@@ -120,6 +127,8 @@ class Yardstick:
             yardstick_bytes=moved_bytes(self.optimizer) or 0,
             executors="+".join(sorted({m.executor for m in ours})),
             scratch_bytes=max((m.scratch_bytes for m in ours), default=None),
+            launches=launches,
+            device_seconds=device,
         )
 
     def _in_turn(self, step: Step, period: int, rounds: int, clock: Callable[[], float]) -> Pair:
@@ -187,6 +196,27 @@ def seconds_of(step: Step, device: str, clock: Callable[[], float]) -> float:
     last.record()
     torch.cuda.synchronize()
     return first.elapsed_time(last) / 1000
+
+
+def on_the_device(step: Step) -> tuple[int, float]:
+    """How many kernels and copies one call has the device run, and the seconds of all of them together."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    ran = [e for e in profiler.events() or () if e.device_type is DeviceType.CUDA and "#" not in e.name]  # no marks
+    return len(ran), sum(e.device_time for e in ran) / 1e6
+
+
+@contextlib.contextmanager
+def warm_compiler(folder: Path) -> Iterator[None]:
+    """Kernels come from ``folder``, and go there."""
+    os.environ.update({"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")})
+    torch.compiler.reset()
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
 
 
 @contextlib.contextmanager

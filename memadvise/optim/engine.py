@@ -240,8 +240,12 @@ def run(items: Sequence[tuple[Resolved, Tensor, Tensor, Tensors]], h: Hyper, for
 
 
 def _advance(works: list[Work]) -> None:
-    if works:
-        torch._foreach_add_([work.state["step"] for work in works], 1)
+    steps: dict[torch.device, list[Tensor]] = {}  # of mixed devices every one would be a call of its own
+    for work in works:
+        step = work.state["step"]
+        steps.setdefault(step.device, []).append(step)
+    for alike in steps.values():
+        torch._foreach_add_(alike, 1)
 
 
 def _set_scalars(works: list[Work], h: Hyper) -> None:

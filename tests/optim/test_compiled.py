@@ -90,9 +90,9 @@ def close(left: Tensor, right: Tensor, tolerance: float, *, codes: bool) -> None
     assert near.double().mean() >= (0.999 if codes else 1.0), (left - right).abs().max()
 
 
-def agree(setting: Setting, dtype: torch.dtype, device: str = "cpu") -> None:
+def agree(setting: Setting, dtype: torch.dtype, device: str = "cpu", columns: int = 128) -> None:
     """Compiled on ``device`` against eager on the CPU."""
-    oracle, model = Matrices(dtype), Matrices(dtype).to(device)
+    oracle, model = Matrices(dtype, columns=columns), Matrices(dtype, columns=columns).to(device)
     slow, quick = run(oracle, setting, "eager"), run(model, setting, "compiled")
     assert {m.executor for m in quick.memory()} == {"compiled"}
     tolerance = 2e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps

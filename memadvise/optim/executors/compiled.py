@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from memadvise.optim import noise
 from memadvise.optim.executors import chunked
+from memadvise.optim.executors.gathered import can_gather
 from memadvise.optim.executors.kernel import LARGEST_INT32, Kernel
 from memadvise.optim.executors.traced import AGREEMENT, GRADIENT, LR, MOVE, SIGNS, WEIGHTS, Pass, Program, block_width
 from memadvise.optim.executors.work import Work
@@ -34,6 +35,7 @@ from memadvise.optim.recipe import Recipe
 MOST_CONSTANTS = 4  # different betas, eps and weight decays of one parameter: they are scheduled, not constants
 MOST_KERNELS = 32  # of one setting and pass: a model with more shapes than that would compile for minutes
 LEAST = {"cpu": 1 << 19, "cuda": 1 << 12}  # elements from which a kernel is made unasked
+LEAST_VECTOR = {"cuda": 1 << 8}  # the same of norms and biases that cannot be gathered: chunked takes dozens of calls
 AT_ONCE = {"cuda": (16, 4)}  # parameters in one call: there calling takes longer than the step of a small matrix
 _ALIGNMENT = 16  # bytes, which a CUDA kernel reads at once
 
@@ -59,7 +61,11 @@ def usable(recipe: Recipe, p: Tensor) -> bool:
 
 def wanted(recipe: Recipe, p: Tensor) -> bool:
     """Whether a parameter is large enough for a kernel to be worth its compilation, and none has failed here."""
-    return p.numel() >= LEAST.get(device_type(p), LARGEST_INT32) and usable(recipe, p)
+    kind = device_type(p)
+    least = LEAST.get(kind, LARGEST_INT32)
+    if len(recipe.view) == 1 and not can_gather(recipe):
+        least = LEAST_VECTOR.get(kind, least)
+    return p.numel() >= least and usable(recipe, p)
 
 
 def scratch_bytes(recipe: Recipe) -> int:
@@ -342,6 +348,6 @@ def _shapeless(recipe: Recipe, tensors: Tensors) -> bool:
 def _rows_vary(recipe: Recipe, tensors: Tensors) -> bool:
     """Whether the number of rows need not be a constant."""
     view = recipe.view
-    if len(view) < 2 or recipe.method.groups_rows(view, recipe.options):
+    if not view or recipe.method.groups_rows(view, recipe.options):
         return False
     return all(t.ndim > 0 and t.shape[0] in (view[0], 1) for t in tensors.values())

@@ -45,12 +45,12 @@ def step(works: Sequence[Work], h: Hyper) -> list[Work]:
 
 def _small(work: Work) -> bool:
     recipe, p = work.recipe, work.p
-    if p.numel() > SMALL or not _elementwise(recipe):
+    if p.numel() > SMALL or not can_gather(recipe):
         return False
     return all(t.is_contiguous() for t in (p, work.g, *(work.state[name] for name in recipe.elementwise)))
 
 
-def _elementwise(recipe: Recipe) -> bool:
+def can_gather(recipe: Recipe) -> bool:
     """Whether neither shape nor place of a value matters, and nothing is random."""
     method, options, view, compose = recipe.method, recipe.options, recipe.view, recipe.compose
     if recipe.coded or compose.cautious or compose.weights != "nearest" or recipe.factors:

@@ -25,7 +25,7 @@ MOST_BLOCKS = 64
 _AT_ONCE = 32768  # numbers drawn at once, or a quarter of all: drawing takes 36 bytes for each
 _CUDA_AT_ONCE = 2**20  # there a launch costs more than a few thousand numbers
 _DRAW_BYTES = 36
-_MOST_KEPT, _KEPT_BYTES = 16 * 1024, 2**20  # of one draw, and of all, in bytes
+_MOST_KEPT, _KEPT_BYTES = {"cpu": 2**14, "cuda": 2**16}, {"cpu": 2**20, "cuda": 2**23}  # of one draw, and of all
 
 
 def in_blocks(kind: str, m: int, rank: int) -> bool:
@@ -33,29 +33,31 @@ def in_blocks(kind: str, m: int, rank: int) -> bool:
     return kind == "sketch" and m <= MOST_BLOCKS * rank
 
 
-_kept: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+_kept: dict[str, OrderedDict[tuple[object, ...], Tensor]] = {kind: OrderedDict() for kind in _KEPT_BYTES}
 
 
 def draw(kind: str, key: int, m: int, rank: int, like: Tensor) -> Tensor:
     """What :func:`project` needs: P, [m, rank], or the signs of the coordinates, [m, 1]; as ``like``. To read only.
 
     A small one (a vector, as a rule) is kept until it is drawn again: drawing it takes longer than using it. All that
-    is kept takes at most a MiB; the most recent ones are.
+    is kept takes at most a MiB on the CPU and 8 on a GPU; the most recent ones are.
     """
     columns = 1 if in_blocks(kind, m, rank) else rank
-    size = like.itemsize * m * columns
-    if size > _MOST_KEPT or detect_fake_mode() is not None or like.device.type != "cpu":
+    size, device = like.itemsize * m * columns, like.device.type
+    if size > _MOST_KEPT.get(device, 0) or detect_fake_mode() is not None:
         return _drawn(kind, key, m, columns, like)
-    what = (kind, key, m, columns, like.device, like.dtype)
-    found = _kept.pop(what, None)
-    _kept[what] = drawn = _drawn(kind, key, m, columns, like) if found is None else found
-    while len(_kept) * _MOST_KEPT > _KEPT_BYTES and sum(map(_size, _kept.values())) > _KEPT_BYTES:
-        _kept.popitem(last=False)
+    kept, what = _kept[device], (kind, key, m, columns, like.device, like.dtype)
+    found = kept.pop(what, None)
+    kept[what] = drawn = _drawn(kind, key, m, columns, like) if found is None else found
+    if len(kept) * _MOST_KEPT[device] > _KEPT_BYTES[device]:
+        while kept_bytes(device) > _KEPT_BYTES[device]:
+            kept.popitem(last=False)
     return drawn
 
 
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.itemsize
+def kept_bytes(device: str) -> int:
+    """Bytes of all that is kept on devices of a kind, "cpu" or "cuda"."""
+    return sum(t.numel() * t.itemsize for t in _kept[device].values())
 
 
 def _drawn(kind: str, key: int, m: int, columns: int, like: Tensor) -> Tensor:
