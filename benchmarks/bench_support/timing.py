@@ -203,7 +203,7 @@ def on_the_device(step: Step) -> tuple[int, float]:
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
     ran = [e for e in profiler.events() or () if e.device_type is DeviceType.CUDA and "#" not in e.name]  # no marks

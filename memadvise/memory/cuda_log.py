@@ -56,11 +56,11 @@ def with_history(nodes: Sequence[Any], entries: Sequence[dict[str, Any]]) -> lis
 
     Args:
         nodes: of a profiler, in the order of time.
-        entries: of the allocator's history over the same time: ``action``, ``addr`` and ``size`` of each.
+        entries: of the allocator's history over the same time: ``action``, ``addr``, ``size`` and ``time_us`` of each.
     """
     waiting: defaultdict[int, deque[int]] = defaultdict(deque)  # address -> allocations of it that are still to come
     for at, node in enumerate(nodes):
-        if _of_cuda(node) and node.extra_fields.alloc_size > 0:
+        if _allocated(node):
             waiting[node.extra_fields.ptr].append(at)
     done = 0
     found: list[Any] = []
@@ -78,12 +78,24 @@ def with_history(nodes: Sequence[Any], entries: Sequence[dict[str, Any]]) -> lis
                 sizes[address] = size
                 found.append(_event(found, address, size))
         elif action == _FREED:
+            while done < len(nodes) and not _allocated(nodes[done]) and nodes[done].start_time_ns <= _time(entry):
+                found += () if _freed(nodes[done]) else (nodes[done],)  # marks, of where a phase begins
+                done += 1
             found.append(_event(found, address, -sizes.pop(address, size)))
     return [*found, *(node for node in nodes[done:] if not _freed(node))]
 
 
 def _of_cuda(node: Any) -> bool:
     return bool(node.name == MEMORY and node.extra_fields.device.type == "cuda")
+
+
+def _allocated(node: Any) -> bool:
+    return _of_cuda(node) and node.extra_fields.alloc_size > 0
+
+
+def _time(entry: dict[str, Any]) -> int:
+    """Of an entry, in nanoseconds."""
+    return 1000 * int(entry.get("time_us", 0))
 
 
 def _freed(node: Any) -> bool:

@@ -50,7 +50,7 @@ class Vectors(nn.Module):
 
 @pytest.mark.parametrize(
     "setting",
-    [Setting("adafactor"), Setting("came"), Setting("adamw", {"cautious": True}), Setting("lion", {"cautious": True})],
+    [Setting("adafactor"), Setting("came"), Setting("rmsprop", {"store": "factored"})],
     ids=lambda s: s.key,
 )
 def test_vectors_that_cannot_be_gathered_are_compiled(setting: Setting, device: str) -> None:

@@ -19,7 +19,9 @@ from memadvise.optim.executors import inplace, whole
 from memadvise.optim.executors.cuts import Cuts
 from memadvise.optim.executors.work import (
     CodedParts,
+    Segments,
     Work,
+    agreeing,
     agreement,
     aligned,
     caution_scale,
@@ -235,11 +237,27 @@ class _Stepper:
         return totals
 
     def _caution(self, prepares: Sequence[_Prepare]) -> Tensor:
-        sums = torch.zeros(2, device=self.work.p.device, dtype=compute_dtype(self.work.p.dtype))
+        """The factor of the parameter, or of each of those that are stepped as one."""
+        segments = self.work.segments
+        dtype, device, mode = compute_dtype(self.work.p.dtype), self.work.p.device, str(self.recipe.compose.cautious)
+        if segments is not None:
+            sums = torch.zeros(2, len(segments.sizes), device=device, dtype=dtype)
+            for i, prepare in enumerate(prepares):
+                part, ids = self._part(i, prepare()[0]), self._ids(segments, i)
+                for row, flags in zip(
+                    sums, agreeing(self.method.direction(part, self._context(i)), part.g), strict=True
+                ):
+                    row.index_add_(0, ids, flags.to(dtype))  # whole numbers: exact in any order
+            return caution_scale(mode, sums, segments.sizes)
+        sums = torch.zeros(2, device=device, dtype=dtype)
         for i, prepare in enumerate(prepares):
             part = self._part(i, prepare()[0])
             sums += agreement(self.method.direction(part, self._context(i)), part.g)
-        return caution_scale(str(self.recipe.compose.cautious), sums, math.prod(self.recipe.view))
+        return caution_scale(mode, sums, math.prod(self.recipe.view))
+
+    def _ids(self, segments: Segments, i: int) -> Tensor:
+        start = self.cuts.starts[i]
+        return segments.ids[start : start + math.prod(self.cuts.shapes[i])]
 
     def _context(self, i: int) -> Context:
         if len(self.cuts.shapes) == 1:
@@ -256,6 +274,8 @@ class _Stepper:
             self.p[i].store(part.p, None)
             return
         u, changed = self.method.update(part, self._context(i))
+        if scale is not None and work.segments is not None:
+            scale = scale.index_select(0, self._ids(work.segments, i))
         new = moved(part.p, part.g, u, scale, self.h, self.recipe)
         del u
         for name, value in changed.items():

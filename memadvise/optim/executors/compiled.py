@@ -36,7 +36,9 @@ MOST_CONSTANTS = 4  # different betas, eps and weight decays of one parameter: t
 MOST_KERNELS = 32  # of one setting and pass: a model with more shapes than that would compile for minutes
 LEAST = {"cpu": 1 << 19, "cuda": 1 << 12}  # elements from which a kernel is made unasked
 LEAST_VECTOR = {"cuda": 1 << 8}  # the same of norms and biases that cannot be gathered: chunked takes dozens of calls
-AT_ONCE = {"cuda": (16, 4)}  # parameters in one call: there calling takes longer than the step of a small matrix
+# Parameters in one call: there calling takes longer than the step of a small matrix.
+AT_ONCE: dict[str, tuple[int, ...]] = {"cuda": (16, 4)}
+MOST_OF_SEVERAL = 4  # where a step is several calls: kernels of 16 would compile for three quarters of a minute
 _ALIGNMENT = 16  # bytes, which a CUDA kernel reads at once
 
 
@@ -193,7 +195,10 @@ def _buckets(works: Sequence[Work], h: Hyper, lr: Tensor) -> Iterator[tuple[_Pla
             alike.setdefault((plan.identity, work.moment), (plan, []))[1].append(work)
     for plan, members in alike.values():
         start = 0
-        for size in (*AT_ONCE[members[0].p.device.type], 1):
+        recipe, sizes = plan.program.recipe, AT_ONCE[members[0].p.device.type]
+        if recipe.method.visits(recipe.view, recipe.options) > 1 or recipe.compose.cautious:
+            sizes = tuple(size for size in sizes if size <= MOST_OF_SEVERAL)
+        for size in (*sizes, 1):
             while start + size <= len(members):
                 yield plan, members[start : start + size]
                 start += size

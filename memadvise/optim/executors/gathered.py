@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from memadvise.optim.executors import chunked
-from memadvise.optim.executors.work import Work
+from memadvise.optim.executors.work import Segments, Work
 from memadvise.optim.method import Hyper, device_type
 from memadvise.optim.recipe import Recipe, make_recipe
 
@@ -51,9 +53,9 @@ def _small(work: Work) -> bool:
 
 
 def can_gather(recipe: Recipe) -> bool:
-    """Whether neither shape nor place of a value matters, and nothing is random."""
+    """Whether neither shape nor place of a value matters, and nothing is random. Caution counts for each tensor."""
     method, options, view, compose = recipe.method, recipe.options, recipe.view, recipe.compose
-    if recipe.coded or compose.cautious or compose.weights != "nearest" or recipe.factors:
+    if recipe.coded or compose.weights != "nearest" or recipe.factors:
         return False
     flat = (math.prod(view),)
     same = method.decays(view, options) == method.decays(flat, options) and method.view(flat, options) == flat
@@ -80,10 +82,28 @@ def _step_together(works: list[Work], h: Hyper) -> None:
     p, g = _side_by_side([work.p for work in works]), _side_by_side([work.g for work in works])
     state = {name: _side_by_side([work.state[name] for work in works]) for name in names}
     flat = make_recipe(recipe.method, recipe.options, (sum(sizes),), recipe.dtype, recipe.compose)
-    chunked.step([Work(p, g, state, flat, first.scalars, step=first.step)], h)
+    segments = _segments(tuple(sizes), p.device) if recipe.compose.cautious else None
+    chunked.step([Work(p, g, state, flat, first.scalars, step=first.step, segments=segments)], h)
     _back(p, [work.p for work in works], sizes)
     for name in names:
         _back(state[name], [work.state[name] for work in works], sizes)
+
+
+def _segments(sizes: tuple[int, ...], device: torch.device) -> Segments:
+    fakes = detect_fake_mode() is not None  # a trace: not to be kept
+    return _made_segments(sizes, device) if fakes else _kept_segments(sizes, device)
+
+
+def _made_segments(sizes: tuple[int, ...], device: torch.device) -> Segments:
+    # Piece by piece: a list of sizes would be copied to the device, and waited for.
+    ids = torch.cat([torch.full((size,), i, dtype=torch.int32, device=device) for i, size in enumerate(sizes)])
+    counts = torch.zeros(len(sizes), device=device).index_add_(0, ids, torch.ones(sum(sizes), device=device))
+    return Segments(ids, counts)
+
+
+@lru_cache(maxsize=16)
+def _kept_segments(sizes: tuple[int, ...], device: torch.device) -> Segments:
+    return _made_segments(sizes, device)
 
 
 def _side_by_side(tensors: list[Tensor]) -> Tensor:

@@ -32,9 +32,21 @@ class Memo:
         return Memo, ()
 
 
+@dataclass(frozen=True)
+class Segments:
+    """Several tensors side by side as one: ``ids`` tells of each element which tensor it is of, ``sizes`` how many
+    elements each tensor has (in float32).
+    """
+
+    ids: Tensor
+    sizes: Tensor
+
+
 @dataclass
 class Work:
-    """One parameter in one step, in its viewed shape. ``state`` is changed in place; ``step`` is on the host."""
+    """One parameter in one step, in its viewed shape. ``state`` is changed in place; ``step`` is on the host.
+    ``segments``: of several parameters that are stepped as one.
+    """
 
     p: Tensor
     g: Tensor
@@ -44,6 +56,7 @@ class Work:
     key: int = 0
     step: int = 0
     memo: Memo = field(default_factory=Memo)
+    segments: Segments | None = None
 
     @property
     def shape(self) -> Shape:
@@ -215,23 +228,31 @@ def aligned(rows: Rows, block: int, cuts: Cuts) -> bool:
 # ---------------------------------------------------------------- caution and the move itself
 
 
-def agreement(u: Tensor, g: Tensor) -> Tensor:
-    """[coordinates where update and gradient agree in sign, coordinates where both are not zero], in u's dtype."""
+def agreeing(u: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether update and gradient agree in sign, and whether both are not zero, coordinate by coordinate."""
     rise, fall, up, down = u > 0, u < 0, g > 0, g < 0  # of signs, not products: those underflow
-    agree, support = (rise & up) | (fall & down), (rise | fall) & (up | down)
+    return (rise & up) | (fall & down), (rise | fall) & (up | down)
+
+
+def agreement(u: Tensor, g: Tensor) -> Tensor:
+    """How many coordinates :func:`agreeing` says it of, of both kinds, in u's dtype."""
+    agree, support = agreeing(u, g)
     if in_kernel():  # sums of floats are several times as fast there as counts, and exact: few terms meet in each
         return torch.stack([agree.to(u.dtype).sum(), support.to(u.dtype).sum()])
     return torch.stack([agree.sum(), support.sum()]).to(u.dtype)
 
 
-def caution_scale(mode: str, sums: Tensor, numel: int) -> Tensor:
-    """The factor that makes up for dropped coordinates (arXiv 2411.16085; modes in :class:`Compose`)."""
+def caution_scale(mode: str, sums: Tensor, numel: int | Tensor) -> Tensor:
+    """The factor that makes up for dropped coordinates (arXiv 2411.16085; modes in :class:`Compose`): of one tensor, or
+    of as many as ``sums`` has columns and ``numel`` entries.
+    """
     agree, support = sums.unbind()
     if mode == "support":
         return support / agree.clamp(min=1.0)
     if mode == "paper":
         return numel / (agree + 1.0)
-    return 1.0 / (agree / max(numel, 1)).clamp(min=1e-3)
+    count = numel.clamp(min=1) if isinstance(numel, Tensor) else max(numel, 1)
+    return 1.0 / (agree / count).clamp(min=1e-3)
 
 
 def moved(p: Tensor, g: Tensor, u: Tensor, scale: Tensor | None, h: Hyper, recipe: Recipe) -> Tensor:

@@ -54,3 +54,11 @@ def test_an_allocation_that_the_profiler_lost_is_of_nobody() -> None:
     found = with_history([event(1, 10, 512)], [entry("alloc", 10, 512), entry("alloc", 40, 5000)])
     assert seen(found) == [(10, 512), (40, 5120)]
     assert found[1].parent is None
+
+
+def test_a_phase_begins_where_the_clock_says_so() -> None:
+    nodes = [event(1_000, 10, 512), mark(2_000, "step"), mark(9_000, "end")]
+    late, early = ({**entry("free_completed", 10, 512), "time_us": time} for time in (3, 1))
+    start = entry("alloc", 10, 512)
+    assert seen(with_history(nodes, [start, late])) == [(10, 512), "step", (10, -512), "end"]
+    assert seen(with_history(nodes, [start, early])) == [(10, 512), (10, -512), "step", "end"]
