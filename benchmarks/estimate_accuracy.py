@@ -23,8 +23,9 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench_support.cuda import measure_cuda
@@ -88,13 +89,24 @@ def compare(workload: Workload, device: str, *, few: bool) -> Iterator[tuple[lis
         gc.collect()
 
 
-def beside_peers(workload: Workload, device: str, measured: float) -> list[object]:
-    """Ours and everybody else's error for plain AdamW, in per cent of what was measured (MiB)."""
+def beside_peers(workload: Workload, device: str, measured: float, assumed: DeviceModel | None = None) -> list[object]:
+    """Ours and everybody else's error for plain AdamW, in per cent of what was measured (MiB). ``assumed``: the device
+    that it was measured on; default the one at hand.
+    """
     row: list[object] = [device, workload.name, measured]
-    mine = estimate(workload.make(), device=local_device() if device == "cuda" else device)
+    mine = estimate(workload.make(), device=assumed or (local_device() if device == "cuda" else device))
     for found in (mine.allocated_bytes, *(peer_estimate(name, workload.make()) for name in PEERS)):
         row.append(found if isinstance(found, str) else f"{100 * (found / MIB / measured - 1):+.1f} %")
     return row
+
+
+def print_peers(cases: Iterable[tuple[Any, ...]]) -> None:
+    """The second table; ``cases`` are arguments of :func:`beside_peers`."""
+    print("\nerrors of the estimated peak, torch.optim.AdamW without switches")
+    table = Rows(PEER_COLUMNS, (6, 22, 12, 9, 12, 12, 12))
+    table.start()
+    for case in cases:
+        table.add(beside_peers(*case))
 
 
 def measured_before(table: str) -> tuple[DeviceModel, list[tuple[str, str, str, float]]]:
@@ -123,6 +135,8 @@ def again(path: Path, folder: Path) -> None:
         took = time.perf_counter() - start
         table.add(["cuda", name, optimizer, change, predicted, measured, f"{errors[-1]:+.2f}", took, ""])
     print(summary("cuda", errors))
+    plain = [(workloads[name], measured) for name, *case, measured in before if case == ["AdamW foreach", "none"]]
+    print_peers((workload, "cuda", measured, device) for workload, measured in plain)
 
 
 def built_once(target: Target) -> Target:
@@ -175,11 +189,7 @@ def main() -> None:
                         plain.append((workload, device, row[5]))
             sentences.append(summary(device, errors))
         print(*sentences, sep="\n")
-        print("\nerrors of the estimated peak, torch.optim.AdamW without switches")
-        peers = Rows(PEER_COLUMNS, (6, 22, 12, 9, 12, 12, 12))
-        peers.start()
-        for case in plain:
-            peers.add(beside_peers(*case))
+        print_peers(plain)
 
 
 if __name__ == "__main__":

@@ -206,7 +206,7 @@ def on_the_device(step: Step) -> tuple[int, float]:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    ran = [e for e in profiler.events() or () if e.device_type is DeviceType.CUDA and "#" not in e.name]  # no marks
+    ran = [e for e in profiler.events() or () if e.device_type == DeviceType.CUDA and "#" not in e.name]  # no marks
     return len(ran), sum(e.device_time for e in ran) / 1e6
 
 

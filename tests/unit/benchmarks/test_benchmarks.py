@@ -212,7 +212,8 @@ def test_without_cuda_nothing_is_claimed() -> None:
     assert {(row[5], row[6], error) for row, error in rows} == {("not measured", "", None)}
     assert all(isinstance(row[4], float) and row[4] > 0 for row, _ in rows)
     assert estimate_accuracy.summary("cuda", []) == "cuda: not measured (torch sees no CUDA device)."
-    assert "worst -3.000 %" in estimate_accuracy.summary("cuda", [1.0, -3.0, 2.0])
+    said = estimate_accuracy.summary("cuda", [1.0, -3.0, 2.0])
+    assert "2.000 % in the median, 3.000 % at the 95th percentile; lowest -3.000 %, highest +2.000 %" in said
 
 
 def test_a_model_is_made_once_and_copied() -> None:
