@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from memadvise.errors import UsageError
@@ -315,7 +314,9 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.paused:
             return func(*args, **kwargs) if kwargs else func(*args)
-        if DTensor in types:  # comes again with what this rank holds
+        # Wrappers come again with what they wrap: what a rank holds of a DTensor, or the floats that an int8 weight is
+        # turned into for one operation.
+        if any(hasattr(t, "__tensor_flatten__") for t in types):
             return NotImplemented
         if func is _DEVICE:
             return args[0].fake_device if type(args[0]) is FakeTensor else func(*args)

@@ -40,7 +40,8 @@ def hold(ledger: MemoryLedger, layers: int) -> None:
     assert ledger.by_category["workspace"] == 64 * MIB
     assert ledger.state_bytes < matrices / 300  # rank 1
     assert ledger.by_category["activations"] < 16 * MIB + layers * 2 * MIB  # a block's input each: 256 x 4096 x 2 bytes
-    assert ledger.by_category["temporaries"] < 64 * MIB
+    floats = 2 * VOCABULARY * WIDTH  # of the head, for its products
+    assert floats <= ledger.by_category["temporaries"] < floats + 64 * MIB
 
 
 @pytest.mark.slow
@@ -55,7 +56,7 @@ def test_seven_billion_parameters_fit() -> None:
     target = load_target(f"hf:{FOLDER}", options=OPTIONS)
     ledger = trace_setting(target, load_plan(PLAN), device="cuda", label="plan")
     hold(ledger, 32)
-    assert 6.5e9 < ledger.peak_bytes < 7.5e9
+    assert 7.5e9 < ledger.peak_bytes < 7.7e9  # 7.61 on an H200, without what blocks have to spare
     assert ledger.comfortable_bytes < 12e9
 
 
@@ -63,4 +64,4 @@ def test_seven_billion_parameters_fit() -> None:
 def test_the_command_says_so(tmp_path: Path) -> None:
     target = f"hf:{small(tmp_path, 2)}"
     words = ["--batch-size", "1", "--seq-len", "256", "--dtype", "bfloat16", "--plan", PLAN, "--budget", "12GB"]
-    assert "MiB" in succeed(tmp_path, "check", target, *words, "--no-progress").stdout
+    assert "GiB" in succeed(tmp_path, "check", target, *words, "--no-progress").stdout

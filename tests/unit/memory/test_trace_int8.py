@@ -56,6 +56,31 @@ def test_the_estimate_is_the_measurement() -> None:
     assert found.by_category["gradients"] == 4 * (MATRICES + 512)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_floats_of_one_operation_are_counted(dtype: torch.dtype) -> None:
+    """They are the peak where a matrix is large and the batch small: every phase is as measured."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 1024, bias=False), nn.Linear(1024, 1024, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x)).float().square().mean()
+
+    def build() -> nn.Module:
+        model = Wide().to(dtype)
+        quantize_weights(model)
+        return model
+
+    target = Target(build_model=build, build_batches=lambda: [torch.randn(4, 64, dtype=dtype)] * 2)
+    measured, found = measure_cpu(target, optimizer=_optimizer), estimate(target, device="cpu", optimizer=_optimizer)
+    for phase in ("forward", "backward", "step"):
+        assert abs(found.phase(phase).peak_bytes - measured.phase(phase).peak_bytes) <= 64, phase
+    floats = 1024 * 1024 * dtype.itemsize
+    assert floats <= found.phase("forward").by_category["temporaries"] < 1.1 * floats
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_plan_with_int8_weights_is_traced_as_it_will_run(device: str) -> None:
     target = Target(build_model=Net, build_batches=_batches)
