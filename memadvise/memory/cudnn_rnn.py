@@ -87,7 +87,7 @@ class Call:
 
 
 def cuda_rnn(kind: str) -> Callable[..., Any]:
-    """A kernel for ``aten::lstm.input`` and its kin: ``(x, hx, params, has_biases, layers, dropout, train, ...)``."""
+    """A kernel for ``aten::lstm.input`` and its kin."""
 
     def run(
         x: Tensor, hx: Any, params: list[Tensor], has_biases: bool, layers: int, dropout: float, train: bool,
@@ -177,11 +177,25 @@ class _CudnnRnn(torch.autograd.Function):
         return (None, of_x, None, *of_states, *of_params)
 
 
+def _where_enabled(operator: Any, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """``kernel``; the composition of small operations where the program has turned cuDNN off."""
+
+    def run(*args: Any) -> Any:
+        if torch.backends.cudnn.enabled:
+            return kernel(*args)
+        before = torch.backends.mkldnn.enabled  # of the CPU alone
+        torch._C._set_mkldnn_enabled(False)  # the context manager warns of something else
+        try:
+            return operator.decompose(*args)
+        finally:
+            torch._C._set_mkldnn_enabled(before)
+
+    return run
+
+
+_KINDS = {"lstm": "lstm", "gru": "gru", "rnn_tanh": "rnn", "rnn_relu": "rnn"}
 KERNELS = {
-    "lstm.input": cuda_rnn("lstm"),
-    "lstm.data": cuda_packed_rnn("lstm"),
-    "gru.input": cuda_rnn("gru"),
-    "gru.data": cuda_packed_rnn("gru"),
-    **{f"rnn_{name}.input": cuda_rnn("rnn") for name in ("tanh", "relu")},
-    **{f"rnn_{name}.data": cuda_packed_rnn("rnn") for name in ("tanh", "relu")},
+    f"{name}.{overload}": _where_enabled(getattr(getattr(torch.ops.aten, name), overload), make(kind))
+    for name, kind in _KINDS.items()
+    for overload, make in (("input", cuda_rnn), ("data", cuda_packed_rnn))
 }

@@ -84,6 +84,39 @@ def test_weights_are_put_side_by_side_where_the_module_does_not_keep_them_so() -
     assert _sizes(layer, x, torch.bfloat16).count(2 * weights) == 2
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.LSTM(16, 32, 2, proj_size=8),
+        nn.GRU(16, 32, bias=False, bidirectional=True),
+        nn.RNN(16, 32, nonlinearity="relu"),
+        nn.LSTM(16, 32, 2, dropout=0.5).eval(),
+        nn.LSTM(16, 32).double(),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(12, 4, 16), (12, 16)], ids=["a batch", "one"])
+def test_every_kind_of_layer_is_traced(layer: nn.RNNBase, shape: tuple[int, ...]) -> None:
+    dtype = next(layer.parameters()).dtype
+    target = Target(build_model=lambda: Body(layer), build_batches=lambda: [torch.zeros(shape, dtype=dtype)])
+    found = estimate(target)
+    assert found.source == "estimate"
+    assert not found.warnings
+    assert found.peak_bytes > 8 * MIB
+
+
+def test_without_cudnn_it_is_many_small_operations() -> None:
+    class Off(Body):
+        def forward(self, x):
+            with torch.backends.cudnn.flags(enabled=False):
+                return super().forward(x)
+
+    target = Target(build_model=lambda: Off(nn.LSTM(16, 32)), build_batches=lambda: [torch.zeros(12, 4, 16)])
+    ops = {storage.op for storage in trace_step(target).storages}
+    assert "aten.sigmoid.default" in ops
+    assert estimate(target).phase("forward").peak_bytes < 8 * MIB + 2 * 32 * MIB
+
+
 def test_packed_sequences_count_what_they_hold() -> None:
     class Packed(nn.Module):
         def __init__(self) -> None:
