@@ -183,7 +183,7 @@ def _where_enabled(operator: Any, kernel: Callable[..., Any]) -> Callable[..., A
     def run(*args: Any) -> Any:
         if torch.backends.cudnn.enabled:
             return kernel(*args)
-        before = torch.backends.mkldnn.enabled  # of the CPU alone
+        before = torch._C._get_mkldnn_enabled()  # of the CPU alone
         torch._C._set_mkldnn_enabled(False)  # the context manager warns of something else
         try:
             return operator.decompose(*args)
