@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ _MOST_THREADS, _WARP = 512, 32
 _LEAST_VALUES, _MOST_VALUES = 16, 256  # of one thread
 _WIDEST_VECTOR = 4
 _SEMAPHORE = 4  # bytes
+_LARGEST_OFFSET = 2**31 - 1  # bytes from the first element that one kernel counts in 32 bits
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,19 @@ def scratch(x: torch.Tensor, dims: Sequence[int], model: DeviceModel) -> list[in
     """Bytes that a sum of ``x`` over ``dims`` (all of them if empty) takes while it runs; empty for most.
 
     Args:
-        x: the input; sums are kept in float32, or float64 for float64 and int64.
+        x: the input.
         dims: as the operation gets them.
         model: the device; the number of its multiprocessors decides.
     """
+    if x.layout is not torch.strided or not x.numel():
+        return []
     axes = _coalesced(x, {d % max(1, x.ndim) for d in dims} or set(range(x.ndim)))
+    while sum((axis.size - 1) * axis.stride for axis in axes) * x.itemsize > _LARGEST_OFFSET:  # halves, one by one
+        at = max(range(len(axes)), key=lambda i: (axes[i].size - 1) * axes[i].stride)
+        axes[at] = replace(axes[at], size=-(-axes[at].size // 2))
     inputs = math.prod(axis.size for axis in axes if axis.reduced)
     outputs = math.prod(axis.size for axis in axes if not axis.reduced)
-    if inputs <= 1 or outputs == 0 or x.numel() > 2**31 - 1:  # larger ones are split, each on its own
+    if inputs <= 1:
         return []
     fastest = min(axes, key=lambda axis: axis.stride)
     vector = 1
@@ -66,9 +72,13 @@ def scratch(x: torch.Tensor, dims: Sequence[int], model: DeviceModel) -> list[in
     blocks = max(min(-(-target // grid), -(-values // _LEAST_VALUES)), -(-values // _MOST_VALUES))
     if blocks <= 1:
         return []
-    itemsize = 8 if x.dtype in (torch.float64, torch.int64) else 4
-    partial = itemsize * outputs * blocks * (1 if fastest.reduced else width * vector)
+    partial = _itemsize(x.dtype) * outputs * blocks * (1 if fastest.reduced else width * vector)
     return [partial, _SEMAPHORE * grid]
+
+
+def _itemsize(dtype: torch.dtype) -> int:
+    """Bytes of a sum while it is made: of floats in float32 at the least, of integers in int64."""
+    return max(dtype.itemsize, 4 if dtype.is_floating_point else 8)
 
 
 def _coalesced(x: torch.Tensor, dims: set[int]) -> list[_Axis]:

@@ -48,6 +48,18 @@ def test_what_needs_none() -> None:
     assert scratch(torch.empty((), device="meta"), [], H200) == []
 
 
+def test_what_is_larger_than_2_gib_is_summed_in_halves() -> None:
+    half, whole = (torch.empty(rows, 8192, device="meta") for rows in (2**16, 2**17))
+    assert whole.nbytes == 4 * 2**30
+    assert scratch(whole, [0], H200) == scratch(half, [0], H200)
+
+
+def test_integers_are_summed_in_int64_and_sparse_ones_elsewhere() -> None:
+    floats, numbers = (torch.empty(2048, 1024, dtype=dtype, device="meta") for dtype in (torch.float32, torch.int32))
+    assert scratch(numbers, [0], H200)[0] == 2 * scratch(floats, [0], H200)[0]
+    assert scratch(torch.eye(3).to_sparse(), [0], H200) == []
+
+
 def test_a_whole_sum_takes_a_number_for_each_block() -> None:
     partial, semaphores = scratch(torch.empty(2**20, device="meta"), [], H200)
     assert partial <= 4 * 132 * 2048
