@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -11,24 +10,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import memadvise
-from memadvise.advise.candidates import candidate_settings, probe_settings, static_prior
+from memadvise.advise.candidates import probe_settings
 from memadvise.advise.profile import Profile, profile_from_scans
-from memadvise.advise.rules import DENSE, TOKEN_ROLES
 from memadvise.advise.sizes import ENGINE_ADAMW
-from memadvise.batches import split_batch
-from memadvise.errors import MemadviseError, OptimizerError, PlanError, TargetError, TargetRaised, UsageError
+from memadvise.advise.uniform import probe_methods
+from memadvise.errors import OptimizerError, PlanError, TargetError, TargetRaised, UsageError
+from memadvise.first_look import described, loss_of, micro_batches_change
 from memadvise.ledger import MemoryLedger, Parameter, ProbeLedger, Scan
-from memadvise.names import glob_escape
-from memadvise.optim.registry import fitted, list_methods, method_info, problems_of
-from memadvise.plan.schema import Plan, Rule, Setting, Switches
+from memadvise.plan.schema import Plan, Setting, Switches
 from memadvise.switches import checkpoint_patterns
 from memadvise.target import Target, load_target
-from memadvise.whatif import WhatIf, settled, switch_variants, trace_setting, trace_what_if
+from memadvise.whatif import WhatIf, trace_setting, trace_what_if
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
     from memadvise.memory.architecture import DeviceModel
     from memadvise.memory.sharding import Sharding
 
@@ -108,7 +102,7 @@ def run_scan(
     target_options = dict(target_options or {})
     target = load_target(spec, options=target_options)
     report("describing the parameters", 0, 1)
-    parameters, variants, asked = _described(target, assumed, tensors, asked)
+    parameters, variants, asked = described(target, assumed, tensors, asked)
     total = len(variants) + 1
     report("tracing one step: AdamW as it stands", 0, total)
     ledgers = [estimate(target, device=assumed, extrapolate_depth=extrapolate_depth, tensors=tensors)]
@@ -155,7 +149,7 @@ def run_scan(
         try:
             # Loaded anew each time: its globals may hold what a trace left in them, or count the calls.
             if any(ledger.micro_batches > 1 for ledger in ledgers):
-                changed = _micro_batches_change(load_target(spec, options=target_options))
+                changed = micro_batches_change(load_target(spec, options=target_options))
             target = load_target(spec, options=target_options)
             probed = _probe(target, parameters, probe, progress, stop)
         except TargetRaised as error:
@@ -222,7 +216,7 @@ def run_sharded_scan(
     target_options = dict(target_options or {})
     target = load_target(spec, options=target_options)
     with fake_session(target, device) as (model, batches):
-        parameters = describe_parameters(model, lambda: _loss(target, model, batches[0]))
+        parameters = describe_parameters(model, lambda: loss_of(target, model, batches[0]))
         patterns = checkpoint_patterns(model)
     variants = [Switches(), *([Switches(checkpoint=patterns)] if patterns else [])]
     ledgers = []
@@ -238,53 +232,6 @@ def run_sharded_scan(
         parameters=parameters,
         memory=tuple(ledgers),
     )
-
-
-def _described(
-    target: Target, device: DeviceModel, tensors: str, asked: WhatIf | None
-) -> tuple[tuple[Parameter, ...], list[Switches], WhatIf | None]:
-    """The parameters with their roles, the switches worth tracing, and the what-if that was asked for, settled.
-
-    For "auto" on real tensors where fake ones cannot go on, and by the modules' types alone where there is no memory
-    for those.
-    """
-    from memadvise.memory.real import DoesNotFit, fault_of_fakes, real_session, worth_running
-    from memadvise.memory.session import Session, fake_session
-    from memadvise.roles import describe_parameters
-
-    def described(session: Session, *, run: bool) -> tuple[tuple[Parameter, ...], list[Switches], WhatIf | None]:
-        model, batches = session
-        parameters = describe_parameters(model, (lambda: _loss(target, model, batches[0])) if run else None)
-        settled_what_if = settled(asked, target, model, batches[0]) if asked is not None else None
-        return parameters, switch_variants(target, model, batches[0]), settled_what_if
-
-    if tensors == "real":
-        with real_session(target, device) as session:
-            return described(session, run=True)
-    try:
-        with fake_session(target, device) as session:
-            return described(session, run=True)
-    except TargetError as error:
-        if tensors == "fake":
-            raise
-        problem = error
-    try:
-        with fake_session(target, device) as session:
-            static = described(session, run=False)
-    except MemadviseError:  # not even built
-        static = None
-    least = 2 * sum(p.num_bytes for p in static[0]) if static is not None else None  # as much again to run on them
-    if not worth_running(problem, least):
-        if static is None or fault_of_fakes(problem) is None:
-            raise problem
-        return static
-    try:
-        with real_session(target, device) as session:
-            return described(session, run=True)
-    except (DoesNotFit, MemoryError):
-        if static is None:
-            raise problem from None
-        return static
 
 
 def _probe(
@@ -341,72 +288,12 @@ def proxy_profile(scan: Scan, progress: Progress | None = None) -> Profile:
         )
     smaller = replace(target, build_model=partial(build, scale="proxy"))
     with fake_session(smaller, "cpu") as (model, batches):
-        parameters = describe_parameters(model, lambda: _loss(smaller, model, batches[0]))
+        parameters = describe_parameters(model, lambda: loss_of(smaller, model, batches[0]))
     given = ProbeOptions.stored(scan.probe.options) if scan.probe and scan.probe.options else ProbeOptions()
     options = replace(given, hessian=False, optimizers=(), checkpoint=None)
     ledger = _probe(smaller, parameters, options, progress, None)
     evidence = {"proxy": scan.target, "num_steps": ledger.num_steps, "seed": options.seed, **environment()}
     return profile_from_scans("proxy", [replace(scan, parameters=parameters, probe=ledger)], evidence)
-
-
-def _micro_batches_change(target: Target) -> str | None:
-    """Why micro-batches would change what is learned: the loss of a batch is not the mean of its halves' losses.
-
-    So it is with contrastive losses, sums, tokens that are not counted, a first dimension that is time or nodes.
-    None where they agree, or where nothing can be said (the probe meets the same trouble and tells).
-    """
-    import torch
-
-    from memadvise.probe.training import fresh
-
-    devices = range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices=devices):
-        try:
-            model = target.model().eval()  # no dropout
-            batch = target.batches(1)[0]
-            whole = target.loss(model, fresh(batch)).item()
-            parts = [target.loss(model, part).item() for part in split_batch(batch, 2)]
-        except (MemadviseError, MemoryError, RuntimeError):
-            return None
-    narrow = any(p.dtype.itemsize < 4 for p in model.parameters())
-    mean = sum(parts) / len(parts)
-    if not math.isfinite(whole) or math.isclose(mean, whole, rel_tol=2e-2 if narrow else 1e-3, abs_tol=1e-6):
-        return None
-    return (
-        f"micro-batches are not offered: the loss of a batch, {whole:.4g}, is not the mean of its halves' losses, "
-        f"{mean:.4g}, so accumulated gradients would differ"
-    )
-
-
-class _FirstBackward(BaseException):
-    """Leaves a step of the user's where its first backward pass would begin; no ``except Exception`` stops it."""
-
-    def __init__(self, roots: Any) -> None:
-        self.roots = roots
-
-
-def _loss(target: Target, model: nn.Module, batch: Any) -> torch.Tensor:
-    """The loss with its graph. With a ``train_step`` and no ``compute_loss``, what that step first runs backward on."""
-    import torch
-
-    if target.train_step is None or target.compute_loss is not None:
-        return target.loss(model, batch)
-
-    def stop(tensors: Any, *args: Any, **kwargs: Any) -> None:
-        raise _FirstBackward(tensors)
-
-    autograd: Any = torch.autograd
-    run_engine, autograd._engine_run_backward = autograd._engine_run_backward, stop
-    try:
-        target.step(model, batch, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
-    except _FirstBackward as backward:
-        loss: torch.Tensor = backward.roots[0]
-        return loss
-    finally:
-        autograd._engine_run_backward = run_engine
-    raise TargetError(
-        f"train_step(model, batch, optimizer) of {target.spec} runs no backward pass", hint="call loss.backward() in it"
-    )
 
 
 def plan_tracer(scan: Scan) -> tuple[Callable[[Plan], MemoryLedger], tuple[str, ...]]:
@@ -452,40 +339,6 @@ def plan_tracer(scan: Scan) -> tuple[Callable[[Plan], MemoryLedger], tuple[str, 
             ) from error
 
     return trace, tuple(warnings)
-
-
-def probe_methods(parameters: tuple[Parameter, ...], names: tuple[str, ...] | None = None) -> dict[str, Plan]:
-    """AdamW and the methods called ``names`` once, applied to the whole model as their papers would apply them.
-
-    None: every bundled method but those whose step takes tens of times AdamW's.
-    """
-    trainable = [p for p in parameters if p.trainable]
-
-    def uniform(choose: Callable[[Parameter], Setting]) -> Plan:
-        chosen = [(glob_escape(p.name), choose(p)) for p in trainable]
-        return Plan(rules=tuple(Rule(name, setting.method, dict(setting.options)) for name, setting in chosen))
-
-    def adam_mini(parameter: Parameter) -> Setting:
-        settings = candidate_settings(parameter)
-        heads = [s for s in settings if s.method == "adam_mini"]
-        if len(settings) == 1 or heads:
-            return heads[0] if heads else DENSE
-        axis = parameter.fan_out[0] if parameter.fan_out and len(parameter.shape) == 2 else 0
-        return Setting("adam_mini", {"partition": "row", **({"axis": axis} if axis else {})})
-
-    def defaults(name: str) -> Callable[[Parameter], Setting]:
-        def choose(parameter: Parameter) -> Setting:
-            setting = fitted(Setting(name), parameter.shape)
-            left_out = method_info(name).method.hidden_only and parameter.role in TOKEN_ROLES
-            return DENSE if left_out or problems_of(setting, parameter.shape, name="") else setting
-
-        return choose
-
-    special = {"slimadam": static_prior, "adam_mini": adam_mini}
-    if names is None:
-        names = tuple(name for name in list_methods() if not method_info(name).method.slow)
-    chosen = [name for name in list_methods() if name in ("adamw", *names)]
-    return {name: uniform(special.get(name) or defaults(name)) for name in chosen}
 
 
 def environment() -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memadvise.advise.uniform import probe_methods
 from memadvise.batches import batch_size
 from memadvise.hf_target import hf_target
 from memadvise.memory.session import fake_session
@@ -20,7 +21,6 @@ from memadvise.memory.trace import MakeOptimizer
 from memadvise.optim.create import create_optimizer
 from memadvise.plan.schema import Plan, Setting, Switches
 from memadvise.roles import describe_parameters
-from memadvise.scan import probe_methods
 from memadvise.switches import checkpoint_patterns
 from memadvise.target import Target, load_target
 

@@ -77,9 +77,26 @@ _MEASURED_ON_CPU = {
     _aten.mkldnn_rnn_layer.default,
     _aten.mkldnn_rnn_layer_backward.default,
 }
+_PROMOTING = {  # element by element, of two tensors
+    overload
+    for name in (
+        *("add", "sub", "rsub", "mul", "div", "pow", "maximum", "minimum", "fmod", "remainder", "atan2", "hypot"),
+        *("eq", "ne", "lt", "le", "gt", "ge", "add_", "sub_", "mul_", "div_"),
+    )
+    for overload in (getattr(getattr(_aten, name), kind, None) for kind in ("Tensor", "Tensor_Tensor", "default"))
+    if overload is not None
+}
 _MATRIX_PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default}
 _LSTM = _aten.mkldnn_rnn_layer.default
 _WORKSPACE = 3  # the output of _LSTM that the backward pass reads; fake tensors make it empty
+
+
+def _promoted(args: tuple[Any, ...]) -> list[int]:
+    """On the CPU an operand of another dtype than both are computed in is converted first, whole (TensorIterator)."""
+    if len(args) < 2 or not all(isinstance(x, torch.Tensor) for x in args[:2]) or args[0].dtype == args[1].dtype:
+        return []
+    common = torch.result_type(*args[:2])
+    return [x.numel() * common.itemsize for x in args[:2] if x.ndim and x.dtype != common]
 
 
 class KernelScratch:
@@ -112,6 +129,8 @@ class KernelScratch:
                 self.convolutions = True
                 self.convolution_workspace = max(self.convolution_workspace, *taken, 0)
             return taken
+        if func in _PROMOTING:
+            return _promoted(args)
         if func in _MEASURED_ON_CPU or (func in _MATRIX_PRODUCTS and args[-1].dtype in _HALF):
             scratch = self._learn(func, args, kwargs or {}).scratch
             return [scratch] if scratch else []

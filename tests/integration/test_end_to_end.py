@@ -16,6 +16,7 @@ from command_line import EXAMPLES, document, memadvise, succeed
 
 from memadvise import apply_checkpoint, create_optimizer, load_plan, load_target
 from memadvise.advise.recommend import recommend
+from memadvise.advise.uniform import probe_methods
 from memadvise.errors import Infeasible
 from memadvise.ledger import Scan, load_scan
 from memadvise.memory.estimate import estimate
@@ -24,7 +25,7 @@ from memadvise.optim.create import bind_plan
 from memadvise.optim.registry import list_methods
 from memadvise.optim.registry import state_bytes as predicted_bytes
 from memadvise.plan.schema import Plan
-from memadvise.scan import plan_tracer, probe_methods
+from memadvise.scan import plan_tracer
 from memadvise.switches import train_step
 from memadvise.target import Target
 

@@ -36,7 +36,7 @@ FLOORS = (
     ("report",),
     ("advise",),
     ("probe",),
-    ("whatif", "fit", "scan", "explain", "verify"),
+    ("whatif", "fit", "first_look", "scan", "explain", "verify"),
     ("check_run", "against"),
     ("integrations",),
     ("cli",),
