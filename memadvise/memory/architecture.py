@@ -43,6 +43,14 @@ class Architecture:
         digits = self.name.removeprefix("sm_")
         return int(digits[:-1]), int(digits[-1])
 
+    @property
+    def threads_per_sm(self) -> int:
+        """The most that a multiprocessor holds (CUDA programming guide, technical specifications)."""
+        major, minor = self.capability
+        if (major, minor) == (7, 5):
+            return 1024
+        return 2048 if (minor == 0 and major < 12) or major == 10 else 1536
+
 
 DEFAULT_ARCH = "sm_90"
 ARCHITECTURES = {

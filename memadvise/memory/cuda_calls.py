@@ -79,7 +79,7 @@ def _facts(model: DeviceModel) -> dict[str, Any]:
         multi_processor_count=architecture.num_sms,
         warp_size=32,
         regs_per_multiprocessor=65536,
-        max_threads_per_multi_processor=2048 if (major, minor) in ((7, 0), (8, 0), (9, 0), (10, 0)) else 1536,
+        max_threads_per_multi_processor=architecture.threads_per_sm,
         is_integrated=0,
         is_multi_gpu_board=0,
         gcnArchName="",

@@ -79,7 +79,8 @@ def with_history(nodes: Sequence[Any], entries: Sequence[dict[str, Any]]) -> lis
                 found.append(_event(found, address, size))
         elif action == _FREED:
             while done < len(nodes) and not _allocated(nodes[done]) and nodes[done].start_time_ns <= _time(entry):
-                found += () if _freed(nodes[done]) else (nodes[done],)  # marks, of where a phase begins
+                if not _freed(nodes[done]):
+                    found.append(nodes[done])  # a mark, of where a phase begins
                 done += 1
             found.append(_event(found, address, -sizes.pop(address, size)))
     return [*found, *(node for node in nodes[done:] if not _freed(node))]

@@ -65,7 +65,7 @@ def scratch(x: torch.Tensor, dims: Sequence[int], model: DeviceModel) -> list[in
     if values < min(height * 16, _MOST_VALUES):
         return []  # each warp has outputs of its own
     values = -(-values // height)
-    target = model.architecture.num_sms * (_threads_per_sm(model) // (width * height))
+    target = model.architecture.num_sms * (model.architecture.threads_per_sm // (width * height))
     grid = -(-(outputs // vector) // step_output)
     if values < _MOST_VALUES or grid > target:
         return []
@@ -105,10 +105,6 @@ def _block(width: int, height: int, threads: int) -> tuple[int, int]:
     wide, high = (1 << (min(max(1, n), threads).bit_length() - 1) for n in (width, height))
     height = min(high, threads // min(wide, _WARP))
     return min(wide, threads // height), height
-
-
-def _threads_per_sm(model: DeviceModel) -> int:
-    return 2048 if model.architecture.capability in ((7, 0), (8, 0), (9, 0), (10, 0)) else 1536
 
 
 def of_sum(args: tuple[Any, ...], kwargs: dict[str, Any], model: DeviceModel) -> list[int]:

@@ -143,3 +143,13 @@ def test_names_are_read_and_mistakes_told():
             parse_assumption(text)
     with pytest.raises(UsageError, match="not a size"):
         parse_assumption("context=large")
+
+
+@pytest.mark.parametrize(
+    ("name", "threads"),
+    [("sm_70", 2048), ("sm_75", 1024), ("sm_80", 2048), ("sm_86", 1536), ("sm_89", 1536), ("sm_90", 2048)]
+    + [("sm_100", 2048), ("sm_103", 2048), ("sm_120", 1536)],
+)
+def test_threads_of_a_multiprocessor(name, threads):
+    """CUDA programming guide, technical specifications per compute capability."""
+    assert ARCHITECTURES[name].threads_per_sm == threads
