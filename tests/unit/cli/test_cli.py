@@ -67,16 +67,23 @@ def test_shared_options_are_spelled_the_same_on_every_command(command: str, caps
         assert "-o, --output" in text
 
 
+def cpu_seconds(code: str) -> float:
+    """Of a fresh interpreter, the least of three: processor time, as the machine may be busy with other tests."""
+    taken = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        process = start(code=code)
+        _, err = process.communicate(timeout=60)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert process.returncode == 0, err
+        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(taken)
+
+
 def test_help_is_fast_and_does_not_import_torch() -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    process = start(
-        code="import sys\nfrom memadvise.cli.app import run\nrun(['--help'])\nassert 'torch' not in sys.modules"
-    )
-    _, err = process.communicate(timeout=60)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert process.returncode == 0, err
-    # Processor time, not time on the wall: the machine may be busy with other tests.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.4
+    help_text = "import sys\nfrom memadvise.cli.app import run\nrun(['--help'])\nassert 'torch' not in sys.modules"
+    # Beside what any command of typer and rich costs on this machine: hosts differ by a factor of two.
+    assert cpu_seconds(help_text) < 2 * cpu_seconds("import typer, rich.table, rich.panel, rich.markdown")
 
 
 @pytest.mark.parametrize(
