@@ -6,20 +6,21 @@ there.
 
 Seed 0 decides, the others compare. With seed 0, AdamW's learning rate is chosen on a grid, and so is that of each
 uniform method, around its custom; a method's grid is extended as long as its edge is best. Tables and heads learn ten
-times faster than the rest, as AdamW is tuned where it matters. The recommended plan comes from one probe of 60 steps
-with seed 0 at AdamW's learning rate; nothing of it is tuned on the validation loss, but it is run a second time with a
-learning rate from the same grid. Then, with every other seed: AdamW, every uniform method, and under each budget (a
-share of AdamW's state) the recommended plan, three random plans, and three random plans under the hard rules.
+times faster than the rest, as AdamW is tuned where it matters. The plan "by scores" comes from one probe of 60 steps
+with seed 0 at AdamW's learning rate. The one that is recommended is what ``recommend --trials`` makes of it: a contest
+(memadvise/advise/contest.py) between that plan, smaller ones, and every method that fits under the hard rules, trained
+as all runs here are, with seed 0 and then with seeds that nothing else uses. Then, with seeds 1, 2, ...: AdamW, every
+uniform method, and under each budget (a share of AdamW's state) both plans, three random plans, and three random plans
+under the hard rules.
 
 A column's figure is the loss above AdamW's with the same seed, in thousandths of a nat: mean over the seeds, and in
 brackets the smallest and largest. "best uniform" is the one that fits and was best with seed 0; "hindsight" is the
 lowest mean among all that fit, picked after the fact from up to 17 methods. "noise" is the standard deviation of
-AdamW's loss over all seeds. "held": the plan as it is recommended is not worse than the best uniform method by more
-than the noise; the exit code is 1 if it is, anywhere. "tuned alike" says the same of the plan whose learning rate was
-chosen as the method's was. "nor AdamW": the method is better than AdamW itself by more than the noise; no plan aims at
-that. Random plans have no "held": theirs is a comparison, not a promise. A star marks a plan that exists only with
-``--allow tiny``: in models of this size vectors and small tensors, which otherwise keep their full state, are some per
-cent of it.
+AdamW's loss over all seeds. "held": the recommended plan is not worse than the best uniform method by more than the
+noise; the exit code is 1 if it is, anywhere. "scores held" says the same of the plan by scores. "nor AdamW": the method
+is better than AdamW itself by more than the noise; scores never aim at that. Random plans have no "held": theirs is a
+comparison, not a promise. A star marks a plan that exists only with ``--allow tiny``: in models of this size vectors
+and small tensors, which otherwise keep their full state, are some per cent of it.
 
 What follows is how well the probe's scores agree between seeds, widths and halves of the window (rank correlation over
 tensors and candidates of tier 1).
@@ -39,7 +40,6 @@ from pathlib import Path
 from bench_support.advice import (
     BETAS,
     FAMILIES,
-    UNIFORM,
     WEIGHT_DECAY,
     Run,
     Runner,
@@ -47,14 +47,16 @@ from bench_support.advice import (
     plan_bytes,
     plan_from,
     rules_of,
-    uniform,
+    spelled_out,
 )
 from bench_support.output import machine, table
 
+from memadvise.advise import contest
 from memadvise.advise.candidates import candidate_settings, confidence, tier
 from memadvise.advise.recommend import Advisor, Wishes
+from memadvise.advise.uniform import WHOLE_MODEL, uniform
 from memadvise.errors import MemadviseError
-from memadvise.ledger import Scan
+from memadvise.ledger import Parameter, Scan
 from memadvise.optim.create import deciding_rules
 from memadvise.optim.registry import default_lr_factor
 from memadvise.plan.schema import Plan, Rule, Setting
@@ -64,14 +66,13 @@ from memadvise.scan import ProbeOptions, run_scan
 TASKS = ("gpt", "vit", "resnet", "gnn", "lstm")
 BUDGETS = (75.0, 50.0, 37.0, 25.0, 12.5, 6.0, 3.0)
 GRID = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-FACTORS = (0.35, 1.0, 3.0)
-MAX_RATES = 6
 RANDOM_PLANS = 3
 ADAMW = Setting("adamw")
 COLUMNS = (
-    "budget %", "recommended", "its rate tuned", "its state %", "confidence", "best uniform", "its loss", "hindsight",
-    "random", "random, ruled", "noise", "held", "tuned alike",
+    "budget %", "recommended", "what it is", "its state %", "confidence", "by scores", "best uniform", "its loss",
+    "hindsight", "random", "random, ruled", "noise", "held", "scores held",
 )  # fmt: skip
+CONTEST_SEEDS = (0, 11, 12, 13)
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Task:
 
     def __init__(self, name: str, runner: Runner, seeds: int, steps: int, grid: Sequence[float]) -> None:
         self.name, self._runner, self._seeds, self._steps = name, runner, range(1, seeds + 1), steps
+        self._parameters: tuple[Parameter, ...] = ()
         dense = plan_from_setting(ADAMW)
         tried = runner.losses(self._run(dense, 0, lr) for lr in grid)
         self.lr = min((loss, run.lr) for run, loss in tried.items() if not math.isnan(loss))[1]
@@ -131,7 +133,7 @@ class Task:
         return f"{100 * plan_bytes(self._parameters, settings) / self.total:.1f}", level.words
 
     def _run(self, plan: Plan, seed: int, lr: float | None = None) -> Run:
-        return Run(self.name, seed, self._steps, lr or self.lr, rules_of(plan))
+        return Run(self.name, seed, self._steps, lr or self.lr, rules_of(spelled_out(plan, self._parameters)))
 
     def losses(self, plans: Sequence[tuple[Plan, float | None]]) -> list[Losses]:
         """Of every (plan, learning rate) with every seed."""
@@ -139,36 +141,35 @@ class Task:
         found = self._runner.losses(run for row in runs for run in row)
         return [Losses(tuple(found[r] - base for r, base in zip(row, self._dense, strict=True))) for row in runs]
 
-    def tuned(self, plan: Plan, factors: Sequence[float]) -> Losses:
-        """Of a plan whose learning rate is chosen as a uniform method's is."""
-        ((_, lr),) = self._best_rates({"plan": plan}, {"plan": self.lr}, factors).values()
-        return self.losses([(plan, lr)])[0]
+    def trained(self, runs: Sequence[contest.Run]) -> list[float]:
+        """The losses of a contest's runs."""
+        named = [self._run(run.plan, run.seed, run.rate * self.lr) for run in runs]
+        found = self._runner.losses(named)
+        return [found[run] for run in named]
+
+    def contest(
+        self, advisor: Advisor, limit: int, methods: Sequence[Setting], factors: Sequence[float]
+    ) -> tuple[Plan, contest.Contest, Plan] | None:
+        """The plan that wins under a limit on the state, how, and the plan by scores; None where there is none."""
+        choice = advisor.within(limit)
+        if choice is None:
+            return None
+        plan = contest.Entrant(contest.THE_PLAN, choice, advisor.drafted(choice, None))
+        held, winner = contest.hold(
+            advisor, plan, lambda c: c.num_bytes <= limit, self.trained,
+            methods=methods, factors=factors, seeds=CONTEST_SEEDS,
+        )  # fmt: skip
+        return advisor.drafted(winner, None), held, plan.plan
 
     def uniform_methods(self, settings: Sequence[Setting], factors: Sequence[float]) -> list[Uniform]:
         """Uniform methods, each at its best learning rate of seed 0."""
         plans = {s.key: plan_from(uniform(self._parameters, s)) for s in settings}
-        best = self._best_rates(plans, {s.key: default_lr_factor(s.method) * self.lr for s in settings}, factors)
-        losses = self.losses([(plans[s.key], best[s.key][1]) for s in settings])
+        own = {s.key: default_lr_factor(s.method) for s in settings}
+        best = contest.best_rates(plans, own, self.trained, seed=0, factors=factors)
+        losses = self.losses([(plans[s.key], best[s.key][1] * self.lr) for s in settings])
         sizes = [plan_bytes(self._parameters, uniform(self._parameters, s)) for s in settings]
         firsts = [best[s.key][0] for s in settings]
         return [Uniform(*row) for row in zip(settings, sizes, firsts, losses, strict=True)]
-
-    def _best_rates(
-        self, plans: dict[str, Plan], custom: dict[str, float], factors: Sequence[float]
-    ) -> dict[str, tuple[float, float]]:
-        """(loss, learning rate) of each plan that is best with seed 0."""
-        rates = {key: [f * custom[key] for f in factors] for key in plans}
-        found: dict[str, dict[float, float]] = {key: {} for key in plans}
-        while wanted := [(key, lr) for key in plans for lr in rates[key] if lr not in found[key]]:
-            tried = self._runner.losses(self._run(plans[key], 0, lr) for key, lr in wanted)
-            for key, lr in wanted:
-                loss = tried[self._run(plans[key], 0, lr)]
-                found[key][lr] = math.inf if math.isnan(loss) else loss
-            for key, of_key in found.items():
-                best = min(of_key, key=of_key.__getitem__)
-                if 1 < len(of_key) < MAX_RATES and best in (min(of_key), max(of_key)):
-                    rates[key].append(best / 3 if best == min(of_key) else best * 3)
-        return {key: min((loss, lr) for lr, loss in of_key.items()) for key, of_key in found.items()}
 
     def random_losses(self, limit: int, *, ruled: bool) -> Losses | None:
         """Plan i with seed i modulo their number."""
@@ -253,18 +254,22 @@ def compare(task: Task, budgets: Sequence[float], settings: Sequence[Setting], f
         fitting = [m for m in methods if m.num_bytes <= limit]
         best = min(fitting, key=lambda m: m.first, default=None)
         lowest = min((m.losses for m in fitting), key=lambda losses: losses.mean, default=None)
-        plan = advisor.for_state(limit)
-        star = "" if plan is not None else "*"
-        plan = plan or without_tiny.for_state(limit)
-        losses = task.losses([(plan, None)])[0] if plan is not None else None
-        tuned = task.tuned(plan, factors) if plan is not None else None
-        verdicts = [held(mine, best.losses if best else None, task.noise) for mine in (losses, tuned)]
+        found = task.contest(advisor, limit, settings, factors)
+        star = "" if found is not None else "*"
+        found = found or task.contest(without_tiny, limit, settings, factors)
+        fits_nothing = ["no plan fits", *"----"]
+        mine, cells, verdicts = None, fits_nothing, ["no plan", "no plan"]
+        if found is not None:
+            plan, held_contest, by_scores = found
+            mine, scored = task.losses([(plan, None), (by_scores, None)])
+            won = held_contest.winner + (f" at {held_contest.rate:.3g} x lr" if held_contest.rate != 1 else "")
+            cells = [mine, won, *task.described(plan), scored]
+            verdicts = [held(losses, best.losses if best else None, task.noise) for losses in (mine, scored)]
+            print(f"  {budget:g} %: {held_contest.words}", file=sys.stderr, flush=True)
         held_everywhere = held_everywhere and verdicts[0] in ("yes", "-")
         rows.append([
-            f"{budget:g}{star}", losses or "no plan fits", tuned or "-",
-            *(task.described(plan) if plan is not None else ("-", "-")),
-            best.setting.key if best else "none fits", best.losses if best else "-", lowest or "-",
-            *(task.random_losses(limit, ruled=ruled) or "none found" for ruled in (False, True)),
+            f"{budget:g}{star}", *cells, best.setting.key if best else "none fits", best.losses if best else "-",
+            lowest or "-", *(task.random_losses(limit, ruled=ruled) or "none found" for ruled in (False, True)),
             f"{1000 * task.noise:.0f}", *verdicts,
         ])  # fmt: skip
     print(table(COLUMNS, rows), flush=True)
@@ -299,10 +304,10 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, metavar="FILE", help="keep finished runs in this JSON file")
     parser.add_argument("--quick", action="store_true", help="one task, two seeds, few steps, methods and budgets")
     options = parser.parse_args()
-    budgets, settings, grid, factors = BUDGETS, UNIFORM, GRID, FACTORS
+    budgets, settings, grid, factors = BUDGETS, WHOLE_MODEL, GRID, contest.FACTORS
     if options.quick:
         options.tasks, options.seeds, options.steps = ["gpt"], 2, 60
-        budgets, settings, grid, factors = (50.0, 12.5), (UNIFORM[0], *UNIFORM[10:12]), GRID[2:3], (1.0,)
+        budgets, settings, grid, factors = (50.0, 12.5), (WHOLE_MODEL[0], *WHOLE_MODEL[10:12]), GRID[2:3], (1.0,)
     os.environ["MEMADVISE_TUNED"] = "1"
     runner = Runner(options.cache, options.jobs)
     print(machine())

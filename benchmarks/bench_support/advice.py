@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from memadvise.advise.candidates import candidate_settings, make_groups
-from memadvise.advise.rules import BY_NAME, DENSE, TOKEN_ROLES, codecs_of
+from memadvise.advise.rules import BY_NAME, DENSE, codecs_of
 from memadvise.ledger import Parameter, Scan
 from memadvise.names import glob_escape
-from memadvise.optim.create import create_optimizer
-from memadvise.optim.registry import default_lr_factor, fitted, method_info, problems_of, state_bytes
+from memadvise.optim.create import create_optimizer, deciding_rules
+from memadvise.optim.registry import default_lr_factor, state_bytes
 from memadvise.plan.schema import Plan, Rule, Setting
 
 FAMILIES = Path(__file__).with_name("families")
@@ -34,27 +34,6 @@ BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 CLIP = 1.0
 _TRIES = 300
-
-# As somebody would use one method for a whole model.
-UNIFORM: tuple[Setting, ...] = (
-    Setting("adamw", {"first_moment": "int8", "second_moment": "int8"}),
-    Setting("adamw", {"first_moment": "int4", "second_moment": "int4"}),
-    Setting("slimadam", {"axes": [1]}),
-    Setting("slimadam", {"axes": [0]}),
-    Setting("slimadam", {"axes": [1], "first_moment": "int8"}),
-    Setting("slimadam", {"axes": [1], "first_moment": "int4"}),
-    Setting("adam_mini", {"partition": "row"}),
-    Setting("adafactor", {"momentum": 0.9}),
-    Setting("adafactor", {"momentum": 0.9, "first_moment": "int8"}),
-    Setting("adafactor", {"momentum": 0.9, "first_moment": "int4"}),
-    Setting("adafactor"),
-    Setting("lion"),
-    Setting("lion", {"first_moment": "int8"}),
-    Setting("apollo", {"rank": 8}),
-    Setting("apollo_mini"),
-    Setting("galore", {"rank": 8}),
-    Setting("micro_adam"),
-)
 
 
 @dataclass(frozen=True)
@@ -75,6 +54,18 @@ class Run:
 
 def rules_of(plan: Plan) -> tuple[tuple[str, str, float], ...]:
     return tuple((rule.match, json.dumps([rule.method, rule.options]), rule.lr_factor) for rule in plan.rules)
+
+
+def spelled_out(plan: Plan, parameters: Sequence[Parameter]) -> Plan:
+    """The plan with one rule a parameter: what is the same plan is the same run, however its patterns are written."""
+    trainable = {p.name: p for p in parameters if p.trainable}
+    if not trainable:
+        return plan
+    rules = deciding_rules(plan, trainable)
+    return plan_from(
+        {name: Setting(rule.method, dict(rule.options)) for name, rule in rules.items()},
+        {name: rule.lr_factor for name, rule in rules.items()},
+    )
 
 
 def plan_of(run: Run) -> Plan:
@@ -179,17 +170,6 @@ def plan_from(settings: dict[str, Setting], factors: dict[str, float] | None = N
             for name, s in settings.items()
         )
     )
-
-
-def uniform(parameters: Iterable[Parameter], setting: Setting) -> dict[str, Setting]:
-    """One method for all matrices; embeddings and heads keep AdamW where the method's papers leave them to it."""
-    found = {}
-    for p in parameters:
-        if p.trainable:
-            chosen = fitted(setting, p.shape)
-            left_out = method_info(setting.method).method.hidden_only and p.role in TOKEN_ROLES
-            found[p.name] = DENSE if left_out or problems_of(chosen, p.shape, name="") else chosen
-    return found
 
 
 def at_random(scan: Scan, limit: int, *, ruled: bool, seed: int) -> tuple[dict[str, Setting], dict[str, float]] | None:

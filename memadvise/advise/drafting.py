@@ -37,7 +37,7 @@ def draft_plan(
     rules: list[Rule] = []
     for choice in chosen:
         setting, group = choice.priced.setting, choice.group
-        if setting == DENSE:
+        if is_default(choice):
             continue
         saved = sizes.of(group, DENSE) - sizes.of(group, setting) + sizes.weights_saved(group, setting)
         text = f"{group.role} {list(group.shape)} x {len(group.members)}: saves {format_bytes(saved)}; "
@@ -47,7 +47,7 @@ def draft_plan(
                 Rule(match, setting.method, dict(setting.options), reason=text, lr_factor=choice.priced.harm.lr_factor)
             )
             text = "as above"
-    if any(c.priced.setting == DENSE for c in chosen):
+    if any(is_default(c) for c in chosen):
         rest = "everything else keeps both moments in full" if rules else "every parameter keeps both moments in full"
         rules.append(Rule("**", DENSE.method, reason=rest))
     trainable = [p for p in scan.parameters if p.trainable]
@@ -65,6 +65,11 @@ def draft_plan(
         predicted_state_bytes=sum(sizes.of(c.group, c.priced.setting) for c in chosen),
         device=scan.memory[0].device,
     )
+
+
+def is_default(choice: Chosen) -> bool:
+    """AdamW in full at the optimizer's own learning rate."""
+    return choice.priced.setting == DENSE and choice.priced.harm.lr_factor == 1
 
 
 def matching(names: Iterable[str], value_of: Mapping[str, object]) -> list[str]:

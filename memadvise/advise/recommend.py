@@ -139,11 +139,11 @@ class Advisor:
         self._pinned = frozenset(
             p.name for p in scan.parameters if any(matches(pattern, p.name) for pattern, _ in wishes.pins)
         )
-        rows = [Row(group, self._price(group)) for group in groups]
+        rows = [Row(group, self.price(group)) for group in groups]
         engine = [ledger for ledger in scan.memory if ledger.optimizer == ENGINE_ADAMW and not ledger.weights] or [
             scan.memory[0]
         ]
-        self._ladder = Ladder(engine, rows, self._price, wishes.objective)
+        self._ladder = Ladder(engine, rows, self.price, wishes.objective)
         # Codecs are decoded in pieces of a few MB, some in larger ones: where those do not fit, less of the kind may.
         self._ladders = (self._ladder, *(self._without(codecs, rows, engine) for codecs in (_CHUNKED_CODECS, _CODECS)))
 
@@ -154,26 +154,30 @@ class Advisor:
             return tuple(o for o in options if codecs.isdisjoint(codecs_of(o.setting).values())) or options
 
         def price(group: Group) -> tuple[Priced, ...]:
-            return kept(self._price(group))
+            return kept(self.price(group))
 
         fewer = [Row(row.group, kept(row.options)) for row in rows]
         return Ladder(ledgers, fewer, price, self._wishes.objective)
 
     def recommend(self, budget_bytes: int) -> Recommendation:
         """See :func:`recommend`."""
+        return self.finished(*self.found(budget_bytes), budget_bytes)
+
+    def found(self, budget_bytes: int) -> tuple[Choice, Plan, MemoryLedger]:
+        """The ladder's choice for a budget, its plan, and that plan's trace; errors as of :func:`recommend`."""
         ladder, before = self._ladder, self._scan.memory[0]
         if before.peak_bytes <= budget_bytes and not self._wishes.pins:
             dense = replace(ladder.dense(), switches=Switches())
-            plan, after = self._traced(dense, budget_bytes)
+            plan, after = self.traced(dense, budget_bytes)
             if after.peak_bytes <= budget_bytes:
-                return self._finished(dense, plan, after, budget_bytes)
+                return dense, plan, after
         narrow: list[NarrowWeights] = []
         for candidates, lost, momentum in self._stages(narrow):
             if found := self._search(candidates, budget_bytes, lost, momentum):
-                return self._finished(*found, budget_bytes)
+                return found
         smallest, plan, after = self._smallest(narrow, budget_bytes)
         if after.peak_bytes <= budget_bytes:
-            return self._finished(smallest, plan, after, budget_bytes)
+            return smallest, plan, after
         raise infeasible(before, after, smallest, budget_bytes)
 
     def smallest_peak(self) -> int:
@@ -190,7 +194,7 @@ class Advisor:
             other = weights.ladder.smallest()
             if weights.arithmetic_peak(other) < least:
                 smallest, least = other, weights.arithmetic_peak(other)
-        return smallest, *self._traced(smallest, budget)
+        return smallest, *self.traced(smallest, budget)
 
     def _stages(self, narrow: list[NarrowWeights]) -> Iterator[tuple[Ladder, int, bool]]:
         """What is tried one after the other: (ladder, bytes lost beforehand, whether all keep the momentum).
@@ -201,7 +205,7 @@ class Advisor:
             yield ladder, 0, True
         dense_bytes = sum(self._sizes.of(row.group, row.options[0].setting) for row in self._ladder.rows)
         for weights in weight_ladders(
-            self._ladder, self._scan.parameters, dense_bytes, lambda c: self._traced(c, None)[1], self._wishes.forbidden
+            self._ladder, self._scan.parameters, dense_bytes, lambda c: self.traced(c, None)[1], self._wishes.forbidden
         ):
             narrow.append(weights)
             yield weights.ladder, weights.extra_bytes, True
@@ -212,10 +216,23 @@ class Advisor:
 
     def for_state(self, state_bytes: int) -> Plan | None:
         """The plan for a limit on the optimizer state alone, without switches and untraced; None when nothing fits."""
+        choice = self.within(state_bytes)
+        return None if choice is None else self.drafted(choice, None)
+
+    def within(self, state_bytes: int) -> Choice | None:
+        """The choice for a limit on the optimizer state alone, without switches; None when nothing fits."""
         choice = self._ladder.within(state_bytes)
-        if choice is None:
-            return None
-        return draft_plan(self._scan, choice.chosen, Switches(), None, self._sizes, self._pinned)
+        return None if choice is None else replace(choice, switches=Switches())
+
+    def drafted(self, choice: Choice, budget: int | None) -> Plan:
+        """The plan of a choice, untraced."""
+        return draft_plan(self._scan, choice.chosen, choice.switches, budget, self._sizes, self._pinned)
+
+    def may_be(self, group: Group, setting: Setting) -> bool:
+        """Whether neither a hard rule nor the user's wishes keep ``setting`` from the group; it must fit the shape."""
+        member = group.members[0]
+        free = member.name not in self._pinned and not _is_forbidden(setting, self._wishes.forbidden)
+        return free and not broken_rules(member, setting, self._wishes.allowed)
 
     def _search(
         self, ladder: Ladder, budget: int, lost: int, momentum: bool
@@ -227,7 +244,7 @@ class Advisor:
             choice = ladder.best(budget, room_lost, momentum=momentum)
             if choice is None:
                 return None
-            plan, after = self._traced(choice, budget)
+            plan, after = self.traced(choice, budget)
             if after.peak_bytes <= budget:
                 return choice, plan, after
             # What this trace shows beyond the arithmetic; the next state is smaller than this one, so the loop ends.
@@ -235,7 +252,7 @@ class Advisor:
             room_lost[ladder.ledgers.index(choice.ledger)] = after.peak_bytes - expected
         return None
 
-    def _price(self, group: Group) -> tuple[Priced, ...]:
+    def price(self, group: Group) -> tuple[Priced, ...]:
         """Every setting of a group (or of a part of one) with its bytes, harm, tier, confidence and time."""
         held = self._sizes.holders(group)
         return tuple(
@@ -250,14 +267,16 @@ class Advisor:
             for setting in group.settings
         )
 
-    def _traced(self, choice: Choice, budget: int | None) -> tuple[Plan, MemoryLedger]:
-        plan = draft_plan(self._scan, choice.chosen, choice.switches, budget, self._sizes, self._pinned)
+    def traced(self, choice: Choice, budget: int | None) -> tuple[Plan, MemoryLedger]:
+        """The plan of a choice and its ledger."""
+        plan = self.drafted(choice, budget)
         key = repr((plan.rules, plan.switches))
         if key not in self._known:
             self._known[key] = self._trace(plan)
         return plan, self._known[key]
 
-    def _finished(self, choice: Choice, plan: Plan, after: MemoryLedger, budget: int) -> Recommendation:
+    def finished(self, choice: Choice, plan: Plan, after: MemoryLedger, budget: int) -> Recommendation:
+        """A traced choice with everything that is said of it."""
         notes = tuple(explain(self._scan, after, plan, budget, choice))
         plan = replace(
             plan, predicted_peak_bytes=after.peak_bytes, predicted_state_bytes=after.state_bytes, notes=notes

@@ -1,0 +1,304 @@
+"""A contest of whole plans: what the scores chose beside everything else that fits, each trained as the user trains.
+
+Scores rank the settings of one tensor by how near they stay to AdamW. They do not see how compressed tensors act
+together, which learning rate a plan wants, or that some models train better under another method than under AdamW.
+Training sees all three, so where it can be afforded it has the last word:
+
+1. From one start, every contestant at a few learning rates around its own; where the best is the last, further ones.
+2. The plan as it is and the best few of the others, each at its best rate, from new starts.
+3. Another replaces the plan where it ended lower from every new start, on average by more than twice the standard
+   error of the differences; of several such, the lowest. The starts of step 1, which chose them, do not count.
+
+Contestants keep the hard rules and the user's wishes: where a method must not go, AdamW stays, or what the plan has.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from memadvise.advise.choose import Choice, Chosen, fixed_peak_bytes
+from memadvise.advise.recommend import Advisor, Recommendation
+from memadvise.advise.rules import DENSE
+from memadvise.advise.uniform import WHOLE_MODEL, as_applied
+from memadvise.errors import UsageError
+from memadvise.optim.registry import default_lr_factor
+from memadvise.plan.schema import Plan, Setting
+
+FACTORS = (0.35, 1.0, 3.0)  # of a contestant's own learning rate
+MAX_RATES = 6
+FINALISTS = 3  # beside the plan
+NEW_STARTS = 3
+THE_PLAN = "the plan"
+_SMALLER = {2: "the plan for half the state", 4: "the plan for a quarter of the state"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: ``rate`` times the learning rate, from the start (weights, batches) of ``seed``."""
+
+    plan: Plan
+    rate: float
+    seed: int
+
+
+# The losses at the end of some runs, in their order; not finite where a run diverged.
+Trainer = Callable[[Sequence[Run]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """Who takes part. ``rate``: its own factor on the learning rate, on top of those of its plan's rules."""
+
+    name: str
+    choice: Choice
+    plan: Plan
+    rate: float = 1.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An entrant at one rate: ``losses`` from the new starts (None: diverged), empty where it was not a finalist.
+
+    ``first_loss``: from the first start. ``gap`` and ``error``: mean over the new starts of the loss less the plan's,
+    and its standard error; None where either diverged.
+    """
+
+    name: str
+    rate: float
+    first_loss: float | None
+    losses: tuple[float | None, ...] = ()
+    gap: float | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Contest:
+    """All entrants at their best rates, the best first; the finalists, the plan as it is first; and who won."""
+
+    entrants: tuple[Trial, ...]
+    finalists: tuple[Trial, ...]
+    winner: str
+    rate: float
+    num_runs: int
+    words: str
+
+
+def contested(advisor: Advisor, budget_bytes: int, train: Trainer) -> tuple[Recommendation, Contest]:
+    """The recommendation for a budget after a contest; arguments and errors as of :func:`hold` and ``recommend``."""
+    choice, plan, _ = advisor.found(budget_bytes)
+
+    def fits(other: Choice) -> bool:
+        # By arithmetic first, which costs nothing: where that says too large, the trace says so as well.
+        room = budget_bytes - fixed_peak_bytes(other.ledger) - other.num_bytes
+        return room >= 0 and advisor.traced(other, budget_bytes)[1].peak_bytes <= budget_bytes
+
+    contest, winner = hold(advisor, Entrant(THE_PLAN, choice, plan), fits, train)
+    return advisor.finished(winner, *advisor.traced(winner, budget_bytes), budget_bytes), contest
+
+
+def hold(
+    advisor: Advisor,
+    plan: Entrant,
+    fits: Callable[[Choice], bool],
+    train: Trainer,
+    *,
+    methods: Sequence[Setting] = WHOLE_MODEL,
+    factors: Sequence[float] = FACTORS,
+    seeds: Sequence[int] = range(1 + NEW_STARTS),
+) -> tuple[Contest, Choice]:
+    """Let everything that fits compete with a plan; the winning choice has its rate in its rules' factors.
+
+    Args:
+        advisor: of the scan.
+        plan: what the scores chose.
+        fits: whether a choice is within the budget.
+        train: trains, any number of runs at a time.
+        methods: those that take part for the whole model.
+        factors: of a contestant's own learning rate, to begin with; 1 is one of them.
+        seeds: the first start, then the new ones, two at least.
+
+    Raises:
+        UsageError: nothing trains, at no learning rate.
+    """
+    first, *new = seeds
+    entrants = {e.name: e for e in (plan, *_others(advisor, plan.choice, fits, methods))}
+    counted = _Counted(train)
+    plans = {name: e.plan for name, e in entrants.items()}
+    own = {name: e.rate for name, e in entrants.items()}
+    best = best_rates(plans, own, counted, seed=first, factors=factors)
+    order = sorted(best, key=lambda name: best[name][0])
+    if math.isinf(best[order[0]][0]):
+        raise UsageError(
+            "no contestant trains, the plan neither: every loss was infinite or NaN", hint="give a smaller --lr"
+        )
+    challengers = [(name, best[name][1]) for name in order if (name, best[name][1]) != (plan.name, plan.rate)]
+    pairs = [(plan.name, plan.rate), *challengers[:FINALISTS]]
+    losses = counted([Run(entrants[name].plan, rate, seed) for name, rate in pairs for seed in new])
+    rows = [tuple(map(_finite, losses[i : i + len(new)])) for i in range(0, len(losses), len(new))]
+    finalists = tuple(
+        _trial(name, rate, best[name][0] if rate == best[name][1] else None, row, rows[0])
+        for (name, rate), row in zip(pairs, rows, strict=True)
+    )
+    winner = _winner(finalists)
+    contest = Contest(
+        entrants=tuple(Trial(name, best[name][1], _finite(best[name][0])) for name in order),
+        finalists=finalists,
+        winner=winner.name,
+        rate=winner.rate,
+        num_runs=counted.count,
+        words=_words(finalists, winner, len(entrants), counted.count),
+    )
+    if winner is finalists[0]:
+        return contest, plan.choice
+    return contest, _decided(entrants[winner.name].choice, winner.rate)
+
+
+def best_rates(
+    plans: Mapping[str, Plan],
+    own: Mapping[str, float],
+    train: Trainer,
+    *,
+    seed: int,
+    factors: Sequence[float] = FACTORS,
+) -> dict[str, tuple[float, float]]:
+    """(loss, rate) of each plan at the best of some rates around its own; at an edge the next ones are tried, too."""
+    rates = {name: [f * own[name] for f in factors] for name in plans}
+    found: dict[str, dict[float, float]] = {name: {} for name in plans}
+    while wanted := [(name, rate) for name in plans for rate in rates[name] if rate not in found[name]]:
+        losses = train([Run(plans[name], rate, seed) for name, rate in wanted])
+        for (name, rate), loss in zip(wanted, losses, strict=True):
+            found[name][rate] = loss if math.isfinite(loss) else math.inf
+        for name, tried in found.items():
+            best = min(tried, key=tried.__getitem__)
+            if 1 < len(tried) < MAX_RATES and best in (min(tried), max(tried)) and math.isfinite(tried[best]):
+                rates[name].append(best / 3 if best == min(tried) else best * 3)
+    return {name: min((loss, rate) for rate, loss in tried.items()) for name, tried in found.items()}
+
+
+# ---------------------------------------------------------------- who takes part
+
+
+def _others(
+    advisor: Advisor, choice: Choice, fits: Callable[[Choice], bool], methods: Sequence[Setting]
+) -> Iterator[Entrant]:
+    """Smaller plans, which the scores chose as well, and every method for the whole model."""
+    for part, name in _SMALLER.items():
+        within = advisor.within(choice.num_bytes // part)
+        if within is None:
+            break
+        smaller = replace(within, ledger=choice.ledger, switches=choice.switches)
+        if fits(smaller):
+            yield Entrant(name, smaller, advisor.drafted(smaller, None))
+    for setting in methods:
+        for rest in (True, False):
+            whole = _applied(advisor, choice, setting, rest)
+            if whole is not None and fits(whole):
+                yield Entrant(setting.key, whole, advisor.drafted(whole, None), default_lr_factor(setting.method))
+                break
+
+
+def _applied(advisor: Advisor, choice: Choice, setting: Setting, dense_rest: bool) -> Choice | None:
+    """``setting`` wherever it may be; elsewhere AdamW in full, or what the plan has. None if it may be nowhere."""
+    chosen, anywhere = [], False
+    for c in choice.chosen:
+        applied = as_applied(c.group.members[0], setting)
+        if applied is not None and advisor.may_be(c.group, applied):
+            chosen.append(_priced(advisor, c, applied))
+            anywhere = True
+        else:
+            dense = dense_rest and advisor.may_be(c.group, DENSE)
+            chosen.append(_priced(advisor, c, DENSE) if dense else c)
+    return replace(choice, chosen=tuple(chosen)) if anywhere else None
+
+
+def _priced(advisor: Advisor, chosen: Chosen, setting: Setting) -> Chosen:
+    (priced,) = advisor.price(replace(chosen.group, settings=(setting,)))
+    # One learning rate for the whole model, as the methods' papers have it: the contest finds it.
+    return replace(chosen, priced=replace(priced, harm=replace(priced.harm, lr_factor=1.0)))
+
+
+def _decided(choice: Choice, rate: float) -> Choice:
+    """The choice with every rule's factor times ``rate``, and why it was chosen."""
+    chosen = []
+    for c in choice.chosen:
+        factor = float(f"{c.priced.harm.lr_factor * rate:.3g}")
+        reason = "the plan as a whole ended lowest in a contest" + (f"; learning rate x {factor:g}" * (factor != 1))
+        harm = replace(c.priced.harm, lr_factor=factor, reason=reason)
+        chosen.append(replace(c, priced=replace(c.priced, harm=harm)))
+    return replace(choice, chosen=tuple(chosen), note="decided by a contest")
+
+
+# ---------------------------------------------------------------- who wins
+
+
+class _Counted:
+    """A trainer that counts."""
+
+    def __init__(self, train: Trainer) -> None:
+        self._train, self.count = train, 0
+
+    def __call__(self, runs: Sequence[Run]) -> Sequence[float]:
+        self.count += len(runs)
+        return self._train(runs)
+
+
+def _finite(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None
+
+
+def _trial(
+    name: str, rate: float, first: float | None, row: tuple[float | None, ...], plans: tuple[float | None, ...]
+) -> Trial:
+    gaps = [loss - plan for loss, plan in zip(row, plans, strict=True) if loss is not None and plan is not None]
+    if len(gaps) < len(row):
+        return Trial(name, rate, first and _finite(first), row)
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps))
+    return Trial(name, rate, first and _finite(first), row, statistics.fmean(gaps), error)
+
+
+def _winner(finalists: Sequence[Trial]) -> Trial:
+    plan, *others = finalists
+    better = [trial for trial in others if _is_better(trial, plan)]
+    return min(better, key=_mean, default=plan)
+
+
+def _is_better(trial: Trial, plan: Trial) -> bool:
+    if None in trial.losses:
+        return False
+    if None in plan.losses:
+        return True
+    assert trial.gap is not None
+    assert trial.error is not None
+    everywhere = all(a < b for a, b in zip(trial.losses, plan.losses, strict=True))  # type: ignore[operator]
+    return everywhere and -trial.gap > 2 * trial.error
+
+
+def _mean(trial: Trial) -> float:
+    return math.inf if None in trial.losses else statistics.fmean(trial.losses)  # type: ignore[arg-type]
+
+
+def _words(finalists: Sequence[Trial], winner: Trial, entrants: int, runs: int) -> str:
+    plan, *others = finalists
+    held = f"a contest of {entrants} plans ({runs} trainings)"
+    if winner is plan:
+        closest = min(others, key=_mean, default=None)
+        if closest is None or closest.gap is None or closest.error is None:
+            return f"{held}: the plan stands"
+        chance = ", which may be chance" if closest.gap < 0 else ""
+        return f"{held}: the plan stands; the next best, {_named(closest)}, ended {_gap(closest)} it{chance}"
+    where = f"from each of {len(winner.losses)} new starts"
+    if winner.gap is None:
+        return f"{held}: the plan of the scores does not train, {_named(winner)} does {where}"
+    return f"{held}: {_named(winner)} ended {_gap(winner)} the plan of the scores, {where}, and replaces it"
+
+
+def _named(trial: Trial) -> str:
+    return f"{trial.name} at {trial.rate:.3g} times the learning rate"
+
+
+def _gap(trial: Trial) -> str:
+    assert trial.gap is not None
+    return f"{abs(trial.gap):.2g} (standard error {trial.error:.1g}) {'below' if trial.gap < 0 else 'above'}"
