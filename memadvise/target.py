@@ -36,7 +36,7 @@ _CUDA_HINT = (
     "it asks for CUDA, and here is none: a trace for --device cuda stands in for it, --device cpu and the probe do "
     "not; leave the device to memadvise, or ask torch.cuda.is_available()"
 )
-_FUNCTIONS = ("build_model", "build_batches", "compute_loss", "train_step")
+_FUNCTIONS = ("build_model", "build_batches", "compute_loss", "train_step", "validation_loss")
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Target:
             keywords, a tuple or list as arguments) and take the output's ``.loss``, or the output itself if scalar.
         train_step: ``(model, batch, optimizer) -> anything``: one whole step of the user's own, with backward,
             ``optimizer.step()`` and ``optimizer.zero_grad()``. Default: loss, backward, step, zero_grad.
+        validation_loss: ``(model) -> number``, of a trained model on data it was not trained on; called in evaluation
+            mode without gradients. Default: runs are compared by their last training losses.
         spec: how the user named the target, for messages and the scan file.
         path: the file behind it, if there is one.
         assumptions: what was changed of the user's own, to be said with every number.
@@ -62,6 +64,7 @@ class Target:
     build_batches: Callable[[], Iterable[Any]]
     compute_loss: Callable[[Any, Any], torch.Tensor] | None = None
     train_step: Callable[[Any, Any, Any], Any] | None = None
+    validation_loss: Callable[[Any], Any] | None = None
     spec: str = "<target>"
     path: Path | None = None
     assumptions: tuple[str, ...] = ()
@@ -150,6 +153,28 @@ class Target:
                 hint="compute it without torch.no_grad() and without .detach() or .item()",
             )
         return loss.reshape(())
+
+    def held_out_loss(self, model: Any) -> float | None:
+        """The target's own ``validation_loss``; None if it has none. The model is in training mode again afterwards.
+
+        Raises:
+            TargetRaised: the user's code raised. TargetError: it returned no number.
+        """
+        import torch
+
+        if self.validation_loss is None:
+            return None
+        with self._user_code("validation_loss(model)", self._mark("validation_loss")), torch.no_grad():
+            value = self.validation_loss(model.eval())
+        model.train()
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            value = value.item()
+        if not isinstance(value, int | float):
+            raise TargetError(
+                f"validation_loss(model) of {self.spec} gave {_kind(value)}, where a number is needed",
+                where=self._mark("validation_loss"),
+            )
+        return float(value)
 
     def step(self, model: Any, batch: Any, optimizer: Any) -> torch.Tensor | float | None:
         """One whole training step.
@@ -292,8 +317,8 @@ def _call_model(model: Any, batch: Any) -> Any:
 def load_target(spec: str, *, options: Mapping[str, Any] | None = None) -> Target:
     """Load ``file.py``, ``file.py:name``, ``package.module:name`` or ``hf:DIR_OR_CONFIG_JSON``.
 
-    A plain file offers functions ``build_model()``, ``build_batches()`` and optionally ``compute_loss`` and
-    ``train_step``; a ``name`` is a Target or a callable that returns one. Of ``options``, ``batch_size`` and
+    A plain file offers functions ``build_model()``, ``build_batches()`` and optionally ``compute_loss``, ``train_step``
+    and ``validation_loss``; a ``name`` is a Target or a callable that returns one. Of ``options``, ``batch_size`` and
     ``seq_len`` ask for batches of other sizes (:meth:`Target.sized`); ``dtype`` is for ``hf:`` targets.
 
     Raises:
@@ -374,7 +399,7 @@ def _from_functions(module: Any, spec: str, path: Path | None) -> Target:
             raise TargetError(
                 f"{spec} has no function {name}()", where=Mark(str(path), 1) if path else None, hint=STUB_HINT
             )
-    for name in ("compute_loss", "train_step"):
+    for name in ("compute_loss", "train_step", "validation_loss"):
         if found[name] is not None and not callable(found[name]):
             raise TargetError(f"{name} in {spec} is {_kind(found[name])}, not a function")
     return Target(**found, spec=spec, path=path)

@@ -1,9 +1,9 @@
 """Does a plan train like AdamW? The whole plan and AdamW side by side from the same start, on the same batches.
 
-Scores of single tensors miss how compressed tensors act together; only training the whole plan shows that. Every seed
-gives new weights (unless the target seeds itself) and another order of the batches; both sides of a pair get the same.
-What counts is the mean loss of the last fifth of the steps. It is compared with the noise that was measured: the
-largest of the spread of AdamW's end losses over the seeds, that of the gaps, and what one run's own fluctuation leaves.
+Scores of single tensors miss how compressed tensors act together; only training the whole plan shows that. Both sides
+of a pair have one start and the same batches (:mod:`memadvise.paired`). Their gap at the end is compared with the noise
+that was measured: the largest of the spread of AdamW's end losses over the seeds, that of the gaps, and what one run's
+own fluctuation leaves.
 
 AdamW is also run at half and at twice the learning rate: where that ends lower, the reference is not tuned, and then
 compression may even seem to help (a damped update is what a too large rate needs).
@@ -12,33 +12,16 @@ compression may even seem to help (a damped update is what a too large rate need
 from __future__ import annotations
 
 import math
-import random
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from memadvise.errors import TargetError, UsageError
+from memadvise.errors import UsageError
+from memadvise.paired import PairedRuns, Progress, Side, end_window, few_steps
 from memadvise.plan.schema import Plan
 from memadvise.target import Target
 
-Progress = Callable[[str, int, int], None]
-MISLEADING_STEPS = 100
 _RATES = (0.5, 2.0)
-_EXECUTOR = "chunked"  # all executors agree, and this one compiles nothing for a few hundred steps
-
-
-@dataclass(frozen=True)
-class Side:
-    """One run: the loss of every step, and why it stopped early."""
-
-    losses: tuple[float, ...]
-    problem: str | None = None
-
-    def end(self, window: int) -> float | None:
-        """The mean loss of the last ``window`` steps; None if the run did not get there."""
-        return math.fsum(self.losses[-window:]) / window if self.problem is None else None
 
 
 @dataclass(frozen=True)
@@ -58,11 +41,13 @@ class Verification:
     """What was found.
 
     ``gap``: mean over the seeds of the pairs' gaps in end loss, in the loss's own unit. ``noise``: see the module.
-    ``verdict``: "clearly worse", "perhaps worse", "no difference seen" or "better"; ``words`` say it in a sentence.
+    ``measure``: what is compared at the end. ``verdict``: "clearly worse", "perhaps worse", "no difference seen" or
+    "better"; ``words`` say it in a sentence.
     """
 
     num_steps: int
     window: int
+    measure: str
     lr: float
     pairs: tuple[Pair, ...]
     gap: float | None
@@ -108,8 +93,8 @@ def verify(
             f"{num_steps} steps with {num_seeds} seeds show no noise", hint="at least 10 steps and 2 seeds"
         )
     report = progress or (lambda what, done, total: None)
-    runs = _Runs(target, num_steps, weight_decay, betas)
-    window = max(2, num_steps // 5)
+    runs = PairedRuns(target, num_steps, weight_decay, betas)
+    window = end_window(num_steps)
     total = 2 * num_seeds + len(_RATES)
     pairs = []
     for seed in range(num_seeds):
@@ -132,69 +117,13 @@ def verify(
     gaps = [pair.gap for pair in pairs if pair.gap is not None]
     gap = math.fsum(gaps) / len(gaps) if len(gaps) == len(pairs) else None
     verdict, words = _verdict(pairs, gap, noise)
-    return Verification(num_steps, window, lr, tuple(pairs), gap, noise, verdict, words, tuple(warnings))
-
-
-# ---------------------------------------------------------------- runs
-
-
-class _Runs:
-    """Builds and trains; the weights of a seed are the same in each of its runs."""
-
-    def __init__(self, target: Target, num_steps: int, weight_decay: float, betas: tuple[float, float]) -> None:
-        self._target, self._weight_decay, self._betas = target, weight_decay, betas
-        self._batches = target.batches(num_steps)
-
-    def adamw(self, seed: int, lr: float) -> Side:
-        import torch
-
-        def make(model: Any) -> tuple[Target, Any]:
-            trainable = [p for p in model.parameters() if p.requires_grad]
-            return self._target, torch.optim.AdamW(trainable, lr=lr, weight_decay=self._weight_decay, betas=self._betas)
-
-        return self._run(seed, lr, make)
-
-    def plan(self, seed: int, lr: float, plan: Plan) -> Side:
-        from memadvise.optim.create import create_optimizer
-        from memadvise.switches import apply_checkpoint, train_step
-
-        def make(model: Any) -> tuple[Target, Any]:
-            optimizer = create_optimizer(
-                model, plan, lr=lr, weight_decay=self._weight_decay, betas=self._betas, executor=_EXECUTOR
-            )
-            apply_checkpoint(model, plan.switches.checkpoint)
-            if plan.switches.micro_batches == 1:
-                return self._target, optimizer
-            step = partial(train_step, self._target, micro_batches=plan.switches.micro_batches)
-            return replace(self._target, train_step=step), optimizer
-
-        return self._run(seed, lr, make)
-
-    def _run(self, seed: int, lr: float, make: Callable[[Any], tuple[Target, Any]]) -> Side:
-        from memadvise.probe.training import (
-            TrainingLog,
-            collecting_new_garbage,
-            drop_gradients,
-            private_rng,
-            seed_all,
-            train,
-        )
-
-        batches = list(self._batches)
-        random.Random(seed).shuffle(batches)
-        log = TrainingLog()
-        with private_rng(seed), collecting_new_garbage():
-            model = self._target.model()
-            seed_all(seed)  # dropout is the same, whatever building the model drew
-            target, optimizer = make(model)
-            train(target, model, optimizer, batches, lr=lr, log=log, loss_at=range(len(batches)))
-            drop_gradients(model)
-        if log.problem is None and len(log.losses) < len(batches):
-            raise TargetError(
-                f"the losses of {self._target.spec} are not known" + (f": {log.loss_problem}" * bool(log.loss_problem)),
-                hint="return the loss from train_step(model, batch, optimizer), or add compute_loss(model, batch)",
-            )
-        return Side(tuple(log.losses), log.problem)
+    held_out = pairs[0].adamw.validation is not None
+    measure = (
+        f"Validation loss after {num_steps} steps"
+        if held_out
+        else f"Mean loss of the last {window} of {num_steps} steps"
+    )
+    return Verification(num_steps, window, measure, lr, tuple(pairs), gap, noise, verdict, words, tuple(warnings))
 
 
 # ---------------------------------------------------------------- what it means
@@ -218,7 +147,7 @@ def _noise(pairs: Sequence[Pair], window: int) -> float:
         statistics.stdev(a - b for a, b in zip(p.plan.losses[-window:], p.adamw.losses[-window:], strict=True))
         / math.sqrt(window)
         for p in pairs
-        if p.gap is not None
+        if p.gap is not None and p.plan.validation is None
     ]
     return max(statistics.stdev(ends), statistics.stdev(gaps) if len(gaps) > 1 else 0.0, *own, 0.0)
 
@@ -240,19 +169,16 @@ def _verdict(pairs: Sequence[Pair], gap: float | None, noise: float) -> tuple[st
 
 
 def _warnings(target: Target, pairs: Sequence[Pair], num_steps: int, noise: float) -> list[str]:
-    warnings = []
-    if num_steps < MISLEADING_STEPS:
-        warnings.append(
-            f"{num_steps} steps are few: gaps before about {MISLEADING_STEPS} steps were misleading where it was tried "
-            "(an output head under APOLLO looked better than AdamW for 60 steps and ended clearly worse)"
-        )
-    for pair in pairs:
+    few = few_steps(num_steps)
+    warnings = [few] if few else []
+    told = [pair for pair in pairs if pair.adamw.losses]  # not where only a validation loss is known
+    for pair in told:
         if pair.adamw_end >= pair.adamw.losses[0]:
             warnings.append(
                 f"the reference looks badly tuned: AdamW did not lower the loss ({pair.adamw.losses[0]:.4g} -> "
                 f"{pair.adamw_end:.4g}, seed {pair.seed})"
             )
-    if len({pair.adamw.losses[0] for pair in pairs}) == 1:
+    if len({pair.adamw.losses[0] for pair in told}) == 1:
         warnings.append(
             f"the seeds change nothing in {target.spec}: it seeds itself and its batches are all alike, so the noise "
             "is understated"

@@ -65,7 +65,8 @@ class Chosen:
 class Choice:
     """The best plan of the surest level that fits, by arithmetic; ``level`` is that of the ladder.
 
-    ``smallest``: nothing was weighed, it is the least state there is.
+    ``smallest``: nothing was weighed, it is the least state there is. ``contest``: how a contest of plans ended, where
+    one was held.
     """
 
     ledger: MemoryLedger
@@ -74,6 +75,7 @@ class Choice:
     level: Confidence
     note: str
     smallest: bool = False
+    contest: str = ""
 
     @property
     def num_bytes(self) -> int:

@@ -7,7 +7,8 @@ Training sees all three, so where it can be afforded it has the last word:
 1. From one start, every contestant at a few learning rates around its own; where the best is the last, further ones.
 2. The plan as it is and the best few of the others, each at its best rate, from new starts.
 3. Another replaces the plan where it ended lower from every new start, on average by more than twice the standard
-   error of the differences; of several such, the lowest. The starts of step 1, which chose them, do not count.
+   error of the differences and by more than half of what the plan's own losses vary between starts: less is not worth
+   a change to what is less sure. Of several such, the lowest. The start of step 1, which chose them, does not count.
 
 Contestants keep the hard rules and the user's wishes: where a method must not go, AdamW stays, or what the plan has.
 """
@@ -32,6 +33,7 @@ MAX_RATES = 6
 FINALISTS = 3  # beside the plan
 NEW_STARTS = 3
 THE_PLAN = "the plan"
+_FAR = 5.0  # a plan's best rate is this far from AdamW's where AdamW's was not tuned
 _SMALLER = {2: "the plan for half the state", 4: "the plan for a quarter of the state"}
 
 
@@ -84,6 +86,7 @@ class Contest:
     rate: float
     num_runs: int
     words: str
+    warnings: tuple[str, ...] = ()
 
 
 def contested(advisor: Advisor, budget_bytes: int, train: Trainer) -> tuple[Recommendation, Contest]:
@@ -150,10 +153,12 @@ def hold(
         rate=winner.rate,
         num_runs=counted.count,
         words=_words(finalists, winner, len(entrants), counted.count),
+        warnings=_warnings(best[plan.name][1]),
     )
-    if winner is finalists[0]:
-        return contest, plan.choice
-    return contest, _decided(entrants[winner.name].choice, winner.rate)
+    choice = plan.choice
+    if winner is not finalists[0]:
+        choice = _decided(entrants[winner.name].choice, winner.rate)
+    return contest, replace(choice, contest=contest.words)
 
 
 def best_rates(
@@ -228,7 +233,7 @@ def _decided(choice: Choice, rate: float) -> Choice:
         reason = "the plan as a whole ended lowest in a contest" + (f"; learning rate x {factor:g}" * (factor != 1))
         harm = replace(c.priced.harm, lr_factor=factor, reason=reason)
         chosen.append(replace(c, priced=replace(c.priced, harm=harm)))
-    return replace(choice, chosen=tuple(chosen), note="decided by a contest")
+    return replace(choice, chosen=tuple(chosen), note="decided by a contest", smallest=False)
 
 
 # ---------------------------------------------------------------- who wins
@@ -273,7 +278,8 @@ def _is_better(trial: Trial, plan: Trial) -> bool:
     assert trial.gap is not None
     assert trial.error is not None
     everywhere = all(a < b for a, b in zip(trial.losses, plan.losses, strict=True))  # type: ignore[operator]
-    return everywhere and -trial.gap > 2 * trial.error
+    least = max(2 * trial.error, statistics.stdev(plan.losses) / 2)  # type: ignore[type-var]
+    return everywhere and -trial.gap > least
 
 
 def _mean(trial: Trial) -> float:
@@ -287,12 +293,21 @@ def _words(finalists: Sequence[Trial], winner: Trial, entrants: int, runs: int) 
         closest = min(others, key=_mean, default=None)
         if closest is None or closest.gap is None or closest.error is None:
             return f"{held}: the plan stands"
-        chance = ", which may be chance" if closest.gap < 0 else ""
-        return f"{held}: the plan stands; the next best, {_named(closest)}, ended {_gap(closest)} it{chance}"
+        little = ", too little to change it" if closest.gap < 0 else ""
+        return f"{held}: the plan stands; the next best, {_named(closest)}, ended {_gap(closest)} it{little}"
     where = f"from each of {len(winner.losses)} new starts"
     if winner.gap is None:
         return f"{held}: the plan of the scores does not train, {_named(winner)} does {where}"
     return f"{held}: {_named(winner)} ended {_gap(winner)} the plan of the scores, {where}, and replaces it"
+
+
+def _warnings(plans_best: float) -> tuple[str, ...]:
+    if 1 / _FAR < plans_best < _FAR:
+        return ()
+    return (
+        f"the learning rate looks badly tuned: the plan itself ends lowest at {plans_best:.3g} times it. Tune it first: "
+        "beside an untuned reference a method can look better, or worse, than it is",
+    )
 
 
 def _named(trial: Trial) -> str:

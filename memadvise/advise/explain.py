@@ -57,6 +57,7 @@ def explain(scan: Scan, after: MemoryLedger, plan: Plan, budget: int, choice: Ch
             f"nothing needs compressing: AdamW in full, run by memadvise, peaks at {format_bytes(after.peak_bytes)} in "
             f"the {after.peak_phase} phase, within the budget of {format_bytes(budget)}",
             as_it_stands,
+            *([choice.contest] if choice.contest else []),
         ]
     lines = [as_it_stands]
     narrow = sorted({p.dtype for p in scan.parameters if p.trainable} & {"bfloat16", "float16"})
@@ -81,6 +82,7 @@ def explain(scan: Scan, after: MemoryLedger, plan: Plan, budget: int, choice: Ch
         lines.append(NOTHING_BEYOND_8BIT)
     if sure is Confidence.LOW:
         lines.append(_low(choice))
+    lines += [choice.contest] if choice.contest else []
     lines += _overridden(chosen) + _unknown(chosen)
     lines.append(f"an optimizer step takes about {optimizer_time(chosen):.1f} times AdamW's ({SOURCE})")
     return lines + _switches(scan, plan.switches)
@@ -101,13 +103,13 @@ def _low(choice: Choice) -> str:
     verify = "run: memadvise verify PLAN TARGET --steps 300"
     if not count:
         return verify
+    goes = "tensors go" if count > 1 else "tensor goes"
+    if choice.contest:
+        return f"{count} {goes} without AdamW's momentum; {verify}"
     if choice.level is not Confidence.LOW:  # the user's pins
-        return f"{count} pinned {'tensors go' if count > 1 else 'tensor goes'} without AdamW's momentum; {verify}"
+        return f"{count} pinned {goes} without AdamW's momentum; {verify}"
     fewest = "" if choice.smallest else ", the fewest that make room"
-    return (
-        f"no plan that keeps the momentum fits; {count} {'tensors go' if count > 1 else 'tensor goes'} without"
-        f"{fewest}; {verify}"
-    )
+    return f"no plan that keeps the momentum fits; {count} {goes} without{fewest}; {verify}"
 
 
 def _overridden(chosen: Sequence[Chosen]) -> list[str]:

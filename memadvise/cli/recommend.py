@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from memadvise.advise.recommend import Recommendation
+    from memadvise.advise.contest import Contest
+    from memadvise.advise.recommend import Advisor, Recommendation
     from memadvise.advise.sweep import SweepRow
     from memadvise.ledger import Scan
     from memadvise.plan.schema import Plan, Setting
@@ -72,6 +73,12 @@ def recommend(
     sweep: Annotated[
         bool, typer.Option("--sweep", help="A table of what each budget buys; without --budget, no plan is written.")
     ] = False,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            "--trials", min=10, metavar="STEPS", help="Train every plan that fits for STEPS; the best one is written."
+        ),
+    ] = None,
     verify: Annotated[
         int | None,
         typer.Option("--verify", min=10, metavar="STEPS", help="Then train the plan and AdamW side by side."),
@@ -88,8 +95,9 @@ def recommend(
         raise UsageError(
             "recommend needs a budget", hint="for example --budget 12GB, or --sweep for a table of budgets"
         )
-    if budget is None and verify is not None:
-        raise UsageError("--verify trains a plan, and only a budget makes one", hint="add --budget 12GB")
+    for flag, steps in (("--verify", verify), ("--trials", trials)):
+        if budget is None and steps is not None:
+            raise UsageError(f"{flag} trains a plan, and only a budget makes one", hint="add --budget 12GB")
     if profile and proxy:
         raise UsageError("--profile and --proxy exclude each other", hint="choose where scores are borrowed from")
     total = None if budget is None else budgets.budget_bytes(budget)
@@ -112,7 +120,7 @@ def recommend(
 
     wishes = Wishes(tuple(pins), tuple(forbid or ()), tuple(allow or ()), objective.value)
     borrowed = load_profile(profile) if profile else None
-    result, rows, verified = None, None, None
+    result, contest, rows, verified = None, None, None, None
     with common.interruptible(), common.show_progress() as progress:
         progress("loading the target", 0, 1)
         trace, warnings = plan_tracer(scanned)
@@ -122,7 +130,9 @@ def recommend(
             borrowed = proxy_profile(scanned, progress)
         progress("choosing, and tracing the plan", 0, 1)
         advisor = Advisor(scanned, trace=trace, wishes=wishes, profile=borrowed)
-        if total is not None:
+        if total is not None and trials is not None:
+            result, contest = _contested(scanned, advisor, total - held, trials, progress)
+        elif total is not None:
             result = advisor.recommend(total - held)
         if sweep:
             from memadvise.advise.sweep import sweep as run_sweep
@@ -135,6 +145,7 @@ def recommend(
         words = budgets.budget_words(budget, total, reserve, held)
         lists = {"--pin": pin, "--forbid": forbid, "--allow": allow}
         extra = {"--objective": "" if objective is Objective.quality else objective.value, "--profile": profile or ""}
+        extra |= {"--trials": str(trials or "")}
         command = _command(budget, scan, output, reserve, lists, extra) + (" --proxy" if proxy else "")
         write_whole(output, emit_plan(result.plan, command=command, budget=words))
     if result is not None and verify is not None:
@@ -142,11 +153,12 @@ def recommend(
             verified = _verified(scanned, result.plan, verify, progress)
     if format is common.Format.json:
         document = {} if result is None else _document(result, budget or "", total or 0, held)
+        document |= {} if contest is None else {"contest": common.plain(contest)}
         document |= {} if rows is None else {"sweep": common.plain(rows)}
         document |= {} if verified is None else {"verification": common.plain(verified)}
         common.print_result(common.to_json(document))
     else:
-        common.print_renderables(_renderables(result, words, rows, verified))
+        common.print_renderables(_renderables(result, contest, words, rows, verified))
     if result is not None:
         common.note(f"\nWrote {output}")
         common.note(f'next: optimizer = memadvise.create_optimizer(model, "{output}", lr=...)')
@@ -155,28 +167,55 @@ def recommend(
 
 
 def _verified(scanned: Scan, plan: Plan, steps: int, progress: common.Progress) -> Verification:
-    """The plan beside AdamW, with the hyper-parameters of the probe where there was one."""
+    """The plan beside AdamW."""
     from memadvise.target import load_target
     from memadvise.verify import verify
 
-    hyper: dict[str, Any] = {}
-    if scanned.probe is not None:
-        given = scanned.probe.options
-        hyper = {"lr": scanned.probe.lr}
-        hyper |= {name: given[name] for name in ("weight_decay", "betas") if name in given}
-        hyper |= {"betas": tuple(hyper["betas"])} if "betas" in hyper else {}
     target = load_target(scanned.target, options=scanned.target_options)
-    return verify(target, plan, num_steps=steps, progress=progress, **hyper)
+    return verify(target, plan, num_steps=steps, progress=progress, **_hyper(scanned))
+
+
+def _contested(
+    scanned: Scan, advisor: Advisor, budget: int, steps: int, progress: common.Progress
+) -> tuple[Recommendation, Contest]:
+    """The recommendation after every plan that fits was trained."""
+    from memadvise.advise.contest import contested
+    from memadvise.paired import contest_trainer, few_steps
+    from memadvise.target import load_target
+
+    if few := few_steps(steps):
+        common.note(f"warning: {few}")
+    target = load_target(scanned.target, options=scanned.target_options)
+    train = contest_trainer(target, num_steps=steps, progress=progress, **_hyper(scanned))
+    return contested(advisor, budget, train)
+
+
+def _hyper(scanned: Scan) -> dict[str, Any]:
+    """The hyper-parameters of the probe, where there was one."""
+    if scanned.probe is None:
+        return {}
+    given = scanned.probe.options
+    hyper: dict[str, Any] = {"lr": scanned.probe.lr}
+    hyper |= {name: given[name] for name in ("weight_decay", "betas") if name in given}
+    return hyper | ({"betas": tuple(hyper["betas"])} if "betas" in hyper else {})
 
 
 def _renderables(
-    result: Recommendation | None, words: str, rows: Sequence[SweepRow] | None, verified: Verification | None
+    result: Recommendation | None,
+    contest: Contest | None,
+    words: str,
+    rows: Sequence[SweepRow] | None,
+    verified: Verification | None,
 ) -> list[RenderableType]:
     parts: list[RenderableType] = []
     if result is not None:
         from memadvise.report.text import recommendation_renderables
 
         parts += recommendation_renderables(result, budget=words)
+    if contest is not None:
+        from memadvise.report.contest import contest_renderables
+
+        parts += contest_renderables(contest)
     if rows is not None:
         parts += sweep_renderables(rows)
     if verified is not None:

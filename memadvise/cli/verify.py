@@ -82,7 +82,7 @@ def verification_renderables(result: Verification) -> list[RenderableType]:
     rows = [
         (
             str(pair.seed),
-            f"{pair.adamw.losses[0]:.4g}",
+            f"{pair.adamw.losses[0]:.4g}" if pair.adamw.losses else "-",
             f"{pair.adamw_end:.4g}",
             "-" if pair.plan_end is None else f"{pair.plan_end:.4g}",
             pair.plan.problem or "" if pair.gap is None else f"{pair.gap:+.2g}",
@@ -92,7 +92,7 @@ def verification_renderables(result: Verification) -> list[RenderableType]:
     columns = {"seed": "number", "first loss": "number", "AdamW": "number", "plan": "number", "gap": "text"}
     parts: list[RenderableType] = [
         Text(result.words, "bold"),
-        heading(f"Mean loss of the last {result.window} of {result.num_steps} steps, learning rate {result.lr:g}"),
+        heading(f"{result.measure}, learning rate {result.lr:g}"),
         table(columns, rows),
     ]
     if result.warnings:

@@ -36,7 +36,7 @@ FLOORS = (
     ("report",),
     ("advise",),
     ("probe",),
-    ("whatif", "fit", "first_look", "scan", "explain", "verify"),
+    ("whatif", "fit", "first_look", "scan", "explain", "paired", "verify"),
     ("check_run", "against"),
     ("integrations",),
     ("cli",),

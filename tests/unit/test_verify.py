@@ -12,9 +12,10 @@ from torch import nn
 
 from memadvise.cli.app import run
 from memadvise.errors import UsageError
+from memadvise.paired import Side
 from memadvise.plan.schema import Plan, Rule, Switches
 from memadvise.target import Target
-from memadvise.verify import Pair, Side, Verification, verify
+from memadvise.verify import Pair, Verification, verify
 
 STEPS = 40
 
