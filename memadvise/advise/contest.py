@@ -271,19 +271,20 @@ def _winner(finalists: Sequence[Trial]) -> Trial:
 
 
 def _is_better(trial: Trial, plan: Trial) -> bool:
-    if None in trial.losses:
+    if len(_trained(trial)) < len(trial.losses):
         return False
-    if None in plan.losses:
+    if trial.gap is None or trial.error is None:  # the plan diverged
         return True
-    assert trial.gap is not None
-    assert trial.error is not None
-    everywhere = all(a < b for a, b in zip(trial.losses, plan.losses, strict=True))  # type: ignore[operator]
-    least = max(2 * trial.error, statistics.stdev(plan.losses) / 2)  # type: ignore[type-var]
-    return everywhere and -trial.gap > least
+    everywhere = all(a < b for a, b in zip(_trained(trial), _trained(plan), strict=True))
+    return everywhere and -trial.gap > max(2 * trial.error, statistics.stdev(_trained(plan)) / 2)
+
+
+def _trained(trial: Trial) -> list[float]:
+    return [loss for loss in trial.losses if loss is not None]
 
 
 def _mean(trial: Trial) -> float:
-    return math.inf if None in trial.losses else statistics.fmean(trial.losses)  # type: ignore[arg-type]
+    return math.inf if None in trial.losses else statistics.fmean(_trained(trial))
 
 
 def _words(finalists: Sequence[Trial], winner: Trial, entrants: int, runs: int) -> str:
@@ -305,7 +306,7 @@ def _warnings(plans_best: float) -> tuple[str, ...]:
     if 1 / _FAR < plans_best < _FAR:
         return ()
     return (
-        f"the learning rate looks badly tuned: the plan itself ends lowest at {plans_best:.3g} times it. Tune it first: "
+        f"the learning rate looks badly tuned: the plan itself ends lowest at {plans_best:.3g} times it; tune it, for "
         "beside an untuned reference a method can look better, or worse, than it is",
     )
 
