@@ -10,7 +10,7 @@ import bisect
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 from memadvise.errors import UsageError
 from memadvise.memory.accumulation import ADD_IN_PLACE, accumulates, held_by_the_engine_alone
+from memadvise.memory.alike import Courses
 from memadvise.memory.architecture import DeviceModel, device_model
 from memadvise.memory.callers import user_line
 from memadvise.memory.events import Storage, Trace
@@ -44,6 +45,7 @@ from memadvise.memory.tensors import (
 from memadvise.memory.workspace import CublasWorkspaces
 from memadvise.optim.method import assume_device
 from memadvise.optim.release import ReleasedOptimizer
+from memadvise.optim.tracing import repeating
 from memadvise.plan.schema import Switches
 from memadvise.switches import apply_checkpoint, train_step
 from memadvise.target import Target
@@ -200,6 +202,7 @@ class Recorder(TorchDispatchMode):
         self._node = -1  # the node of the backward pass that runs, by its sequence number, and what it made
         self._made_by_node: set[int] = set()
         self._kept: list[set[int]] = []  # the storages alive after each step
+        self._courses = Courses(self.trace, self._place)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -219,7 +222,7 @@ class Recorder(TorchDispatchMode):
             if parameter.requires_grad
         ]
         try:
-            with self._phases.hooked(), self._random_states_seen(), self:
+            with self._phases.hooked(), self._random_states_seen(), repeating(self._repeat), self:
                 yield
         finally:
             for hook in hooks:
@@ -265,6 +268,17 @@ class Recorder(TorchDispatchMode):
         for number in sorted({number for numbers in inputs for number in numbers}):
             self._died(number)
         self._kept.append({number for number, _ in self._alive.values()})
+
+    def _repeat(self, key: Hashable, run: Callable[[], None]) -> None:
+        """Follow the step of one parameter of a kind, and let it stand for the others of the same step."""
+        if self._real:
+            run()
+        elif self._courses.repeat((key, len(self._kept)), run):
+            self._zeros = None
+
+    def _place(self) -> tuple[str, str | None, str, bool]:
+        phases = self._phases
+        return *self._origin(), phases.phase, phases.phase == "backward" and phases.recomputing
 
     def give_gradients(self) -> None:
         """What a backward pass leaves at the least: a gradient for every trainable parameter, hooks called."""

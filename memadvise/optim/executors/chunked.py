@@ -28,11 +28,12 @@ from memadvise.optim.executors.work import (
     coded_factor_bytes,
     composed_bytes,
     granule,
+    kind_of,
     moved,
 )  # fmt: skip
 from memadvise.optim.method import Context, Hyper, Method, Part, Round, Shape, Tensors, compute_dtype, device_type
 from memadvise.optim.recipe import Recipe
-from memadvise.optim.tracing import valueless
+from memadvise.optim.tracing import alike, valueless
 
 _Prepare = Callable[[], tuple[Tensors, Tensors]]
 CPU_ELEMENTS = 256 * 1024  # 1 MiB of float32: a few of these lie in a core's L2 cache
@@ -119,7 +120,7 @@ def step(works: Sequence[Work], h: Hyper) -> None:
     rest = [work for work in works if not whole.step(work, h)]
     scratch = _Scratch(rest)
     for work in rest:
-        _Stepper(work, h, scratch).run()
+        alike(partial(kind_of, work, h), lambda work=work: _Stepper(work, h, scratch).run())  # type: ignore[misc]
 
 
 class _Stepper:

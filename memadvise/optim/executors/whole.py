@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from memadvise.optim.executors.work import Work
+from memadvise.optim.executors.work import Work, kind_of
 from memadvise.optim.method import Context, Hyper, Round, Shape, Tensors, compute_dtype, device_type, read
 from memadvise.optim.methods import micro_adam, srsi
 from memadvise.optim.methods.adapprox import Adapprox
@@ -28,6 +28,7 @@ from memadvise.optim.methods.projected import Projected, update_moments
 from memadvise.optim.methods.sketch import draw, draw_bytes, project
 from memadvise.optim.methods.stores import LowRankStore, Mix
 from memadvise.optim.recipe import Recipe
+from memadvise.optim.tracing import alike
 
 _ELEMENTS = 384 * 1024  # of a piece with what belongs to it: half of a core's L2 cache
 _FEW = 8  # columns of a product that are made as rows
@@ -52,7 +53,7 @@ def step(work: Work, h: Hyper) -> bool:
     """Step ``work`` if there is a form for it; whether there was."""
     if not supports(work.recipe, device_type(work.p)) or work.p.dtype != work.recipe.dtype:
         return False
-    _STEPS[work.recipe.method.name][1](work, work.context(h))
+    alike(partial(kind_of, work, h), partial(_STEPS[work.recipe.method.name][1], work, work.context(h)))
     return True
 
 

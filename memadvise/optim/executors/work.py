@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,6 +119,14 @@ class Work:
 
     def weight_noise(self, start: int, like: Tensor) -> Tensor | None:
         return noise_like(self.weight_key(), start, like)
+
+
+def kind_of(work: Work, h: Hyper) -> Hashable:
+    """Works of the same kind allocate alike."""
+    tensors = [work.p, work.g, *work.state.values(), *work.scalars.values()]
+    layout = tuple((t.dtype, t.shape, t.stride(), t.device) for t in tensors)
+    segments = 0 if work.segments is None else len(work.segments.sizes)
+    return work.recipe, type(work.p), layout, segments, work.step, tuple(map(type, vars(h).values()))
 
 
 def noise_like(key: noise.Key | None, start: int, like: Tensor) -> Tensor | None:
