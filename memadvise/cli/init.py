@@ -52,6 +52,11 @@ def compute_loss(model, batch):
 #     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 #     optimizer.step()
 #     optimizer.zero_grad()
+#
+# Optional: what runs are compared by (memadvise verify, memadvise recommend --trials), on data held out.
+#
+# def validation_loss(model):
+#     return compute_loss(model, held_out_batch)
 
 
 if __name__ == "__main__":
