@@ -302,12 +302,12 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--cache", type=Path, metavar="FILE", help="keep finished runs in this JSON file")
-    parser.add_argument("--quick", action="store_true", help="one task, two seeds, few steps, methods and budgets")
+    parser.add_argument("--quick", action="store_true", help="one task and budget, two seeds, few steps and methods")
     options = parser.parse_args()
     budgets, settings, grid, factors = BUDGETS, WHOLE_MODEL, GRID, contest.FACTORS
     if options.quick:
-        options.tasks, options.seeds, options.steps = ["gpt"], 2, 60
-        budgets, settings, grid, factors = (50.0, 12.5), (WHOLE_MODEL[0], *WHOLE_MODEL[10:12]), GRID[2:3], (1.0,)
+        options.tasks, options.seeds, options.steps = ["gpt"], 2, 30
+        budgets, settings, grid, factors = (12.5,), (WHOLE_MODEL[0], *WHOLE_MODEL[10:12]), GRID[2:3], (1.0,)
     os.environ["MEMADVISE_TUNED"] = "1"
     runner = Runner(options.cache, options.jobs)
     print(machine())
