@@ -8,7 +8,8 @@ Training sees all three, so where it can be afforded it has the last word:
 2. The plan as it is and the best few of the others, each at its best rate, from new starts.
 3. Another replaces the plan where it ended lower from every new start, on average by more than twice the standard
    error of the differences and by more than half of what the plan's own losses vary between starts: less is not worth
-   a change to what is less sure. Of several such, the lowest. The start of step 1, which chose them, does not count.
+   a change to what is less sure. Of several such, the lowest, or what cannot be told from it (within twice the standard
+   error) and is surer, or else smaller. The start of step 1, which chose them, does not count.
 
 Contestants keep the hard rules and the user's wishes: where a method must not go, AdamW stays, or what the plan has.
 """
@@ -145,7 +146,7 @@ def hold(
         _trial(name, rate, best[name][0] if rate == best[name][1] else None, row, rows[0])
         for (name, rate), row in zip(pairs, rows, strict=True)
     )
-    winner = _winner(finalists)
+    winner = _winner(finalists, lambda t: (_sure(entrants[t.name].choice), entrants[t.name].choice.num_bytes))
     contest = Contest(
         entrants=tuple(Trial(name, best[name][1], _finite(best[name][0])) for name in order),
         finalists=finalists,
@@ -257,17 +258,35 @@ def _finite(loss: float) -> float | None:
 def _trial(
     name: str, rate: float, first: float | None, row: tuple[float | None, ...], plans: tuple[float | None, ...]
 ) -> Trial:
-    gaps = [loss - plan for loss, plan in zip(row, plans, strict=True) if loss is not None and plan is not None]
-    if len(gaps) < len(row):
-        return Trial(name, rate, first and _finite(first), row)
-    error = statistics.stdev(gaps) / math.sqrt(len(gaps))
-    return Trial(name, rate, first and _finite(first), row, statistics.fmean(gaps), error)
+    trial = Trial(name, rate, None if first is None else _finite(first), row)
+    if None in row or None in plans:
+        return trial
+    gap, error = _paired(_trained(trial), [loss for loss in plans if loss is not None])
+    return replace(trial, gap=gap, error=error)
 
 
-def _winner(finalists: Sequence[Trial]) -> Trial:
+def _winner(finalists: Sequence[Trial], preferred: Callable[[Trial], tuple[int, int]]) -> Trial:
     plan, *others = finalists
     better = [trial for trial in others if _is_better(trial, plan)]
-    return min(better, key=_mean, default=plan)
+    if not better:
+        return plan
+    lowest = min(better, key=_mean)
+    return min((t for t in better if not _is_above(t, lowest)), key=lambda t: (*preferred(t), _mean(t)))
+
+
+def _sure(choice: Choice) -> int:
+    return max(c.priced.confidence for c in choice.chosen)
+
+
+def _is_above(trial: Trial, lowest: Trial) -> bool:
+    gap, error = _paired(_trained(trial), _trained(lowest))
+    return gap > 2 * error
+
+
+def _paired(losses: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """The mean difference, and its standard error."""
+    gaps = [a - b for a, b in zip(losses, others, strict=True)]
+    return statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
 
 
 def _is_better(trial: Trial, plan: Trial) -> bool:
