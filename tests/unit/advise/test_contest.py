@@ -116,6 +116,19 @@ def test_a_method_that_is_better_from_every_start_replaces_the_plan(advisor: Adv
     assert methods["up.bias"] == "adamw"  # a hard rule: vectors stay full
 
 
+def test_of_what_cannot_be_told_apart_the_surer_wins_then_the_smaller(advisor: Advisor, scan: Scan) -> None:
+    def loss(method: str, rate: float, seed: int) -> float:
+        tie = {"adafactor": -0.4, "apollo_mini": -0.4, "slimadam": -0.4}.get(method, 0.0)
+        return 2 + seed / 100 + tie + (0.001 if (method == "apollo_mini") == (seed % 2) else 0.0)
+
+    found, _ = held(advisor, scan, loss, share=0.6)
+    assert found.winner == "slimadam(axes=[1])"  # it keeps the momentum
+    found, _ = held(advisor, scan, lambda m, rate, seed: loss(m, rate, seed) + (m == "slimadam"), share=0.6)
+    assert found.winner == "adafactor"  # beside APOLLO-Mini tables and heads are AdamW's
+    found, _ = held(advisor, scan, lambda m, rate, seed: loss(m, rate, seed) + 0.1 * (m != "apollo_mini"), share=0.6)
+    assert found.winner == "apollo_mini"  # that can be told
+
+
 def test_luck_at_the_first_start_does_not_count(advisor: Advisor, scan: Scan) -> None:
     found, _ = held(
         advisor, scan, lambda method, rate, seed: 2 + seed / 10 - 0.5 * (method == "adafactor" and seed == 0)
