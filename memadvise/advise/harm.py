@@ -32,7 +32,7 @@ _PRIOR_COARSE = 2.0
 _PRIOR_CODEC = {"int8": 0.04, "dynamic8": 0.04, "bf16": 0.04, "int4": 0.4}
 _PRIOR_TOKENS = 2.0  # tables and heads, the tensors found most sensitive wherever it was measured
 # Rounding at random is another error at every step and averages out; what a mean or a factor loses is the same one for
-# long. On the five tasks of benchmarks/advice_quality.py AdamW in 4 bits cost -24 to +8 thousandths of a nat, where row
+# long. On the five tasks of benchmarks/advice_quality.py AdamW in 4 bits cost -2 to +9 thousandths of a nat, where row
 # means and factors cost 3 to 15 times as much for the same error of one update.
 _ROUNDED = 0.2
 
