@@ -130,9 +130,7 @@ def recommend(
             borrowed = proxy_profile(scanned, progress)
         progress("choosing, and tracing the plan", 0, 1)
         advisor = Advisor(scanned, trace=trace, wishes=wishes, profile=borrowed)
-        if total is not None and trials is not None:
-            result, contest = _contested(scanned, advisor, total - held, trials, progress)
-        elif total is not None:
+        if total is not None:
             result = advisor.recommend(total - held)
         if sweep:
             from memadvise.advise.sweep import sweep as run_sweep
@@ -145,9 +143,13 @@ def recommend(
         words = budgets.budget_words(budget, total, reserve, held)
         lists = {"--pin": pin, "--forbid": forbid, "--allow": allow}
         extra = {"--objective": "" if objective is Objective.quality else objective.value, "--profile": profile or ""}
-        extra |= {"--trials": str(trials or "")}
         command = _command(budget, scan, output, reserve, lists, extra) + (" --proxy" if proxy else "")
         write_whole(output, emit_plan(result.plan, command=command, budget=words))
+        if trials is not None:  # it takes long, and who stops it keeps this plan
+            common.note(f"Wrote {output}: the plan by scores, until the contest has ended")
+            with common.interruptible(), common.show_progress() as progress:
+                result, contest = _contested(scanned, advisor, total - held, trials, progress)
+            write_whole(output, emit_plan(result.plan, command=f"{command} --trials {trials}", budget=words))
     if result is not None and verify is not None:
         with common.interruptible(), common.show_progress() as progress:
             verified = _verified(scanned, result.plan, verify, progress)

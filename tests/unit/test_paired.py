@@ -15,6 +15,7 @@ from memadvise.advise.contest import Run
 from memadvise.cli.app import run
 from memadvise.errors import TargetError
 from memadvise.paired import PairedRuns, contest_trainer
+from memadvise.plan.load import load_plan
 from memadvise.plan.schema import Plan, Rule
 from memadvise.target import Target
 from memadvise.verify import verify
@@ -123,17 +124,37 @@ def test_recommend_trials_writes_the_winner(
     assert run(["recommend", "--trials", "20", "--sweep"]) == 2
     assert "--trials trains a plan" in capsys.readouterr().err
     peak = json.loads(Path("memadvise.scan.json").read_text())["memory"][0]["peak_bytes"]
-    command = ["recommend", "--budget", f"{peak - 20_000}B", "--trials", "20"]
+    command = ["recommend", "--budget", f"{peak - 20_000}B", "--trials", "10"]
     assert run([*command, "--format", "json"]) == 0
     out, err = capsys.readouterr()
     document = json.loads(out)
     found = document["contest"]
-    assert "20 steps are few" in err
+    assert "10 steps are few" in err
     assert found["num_runs"] > 3 * len(found["entrants"])
     assert found["winner"] in {trial["name"] for trial in found["entrants"]}
     assert document["after"]["peak_bytes"] <= peak - 20_000
     written = Path("memadvise.yaml").read_text()
-    assert "--trials 20" in written
+    assert "--trials 10" in written
     assert "a contest of" in " ".join(written.replace("#", "").split())
-    assert run([*command, "-f"]) == 0
-    assert "Contest of the plans that fit" in capsys.readouterr().out
+
+
+def test_who_stops_a_contest_keeps_the_plan_by_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model.py").write_text(TARGET)
+    assert run(["scan", "model.py", "--device", "cpu", "--no-probe", "-q"]) == 0
+    peak = json.loads(Path("memadvise.scan.json").read_text())["memory"][0]["peak_bytes"]
+    command = ["recommend", "--budget", f"{peak - 20_000}B"]
+    assert run(command) == 0
+    by_scores = load_plan("memadvise.yaml")
+    Path("memadvise.yaml").unlink()
+
+    def interrupted(*arguments: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PairedRuns, "plan", interrupted)
+    assert run([*command, "--trials", "100"]) == 130
+    assert "the plan by scores, until the contest has ended" in capsys.readouterr().err
+    assert load_plan("memadvise.yaml") == by_scores
+    assert "--trials" not in Path("memadvise.yaml").read_text()

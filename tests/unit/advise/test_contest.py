@@ -249,5 +249,6 @@ def test_a_budget_is_kept_by_the_traced_peak_and_the_outcome_is_in_the_plan(scan
     assert result.plan.rules == alone.plan.rules
     assert result.plan.switches == alone.plan.switches != Switches(weights="int8")
     text = render_text(contest_renderables(found))
+    assert "Contest of the plans that fit" in text
     assert f"> {contest.THE_PLAN}" in text
     assert all(trial.name in text for trial in found.entrants)
