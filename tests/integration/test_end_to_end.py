@@ -32,6 +32,8 @@ from memadvise.target import Target
 pytestmark = pytest.mark.slow
 
 NAMES = ("gpt_text", "vit_digits", "cnn_digits", "llama_hf")
+EVERY_OPTIMIZER = ("vit_digits", "cnn_digits")
+FEW_OPTIMIZERS = ("slimadam", "adafactor")
 NUM_STEPS = 15
 PEAK_TOLERANCE = 0.001
 
@@ -74,9 +76,11 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Job]:
             pytest.importorskip("transformers")
         folder = tmp_path_factory.mktemp(name)
         file = EXAMPLES / f"{name}.py"
-        # The Hessian is probed on one example here: the others' time goes into what differs between them.
-        hessian = () if name == "vit_digits" else ("--no-hessian",)
-        scanned = succeed(folder, "scan", file, "--device", "cpu", "--probe-steps", "12", "--format", "json", *hessian)
+        # The Hessian is probed on one example here, and every optimizer is tried on two: the others' time goes into
+        # what differs between them.
+        fewer = () if name == "vit_digits" else ("--no-hessian",)
+        fewer += () if name in EVERY_OPTIMIZER else ("--optimizers", ",".join(FEW_OPTIMIZERS))
+        scanned = succeed(folder, "scan", file, "--device", "cpu", "--probe-steps", "12", "--format", "json", *fewer)
         scan = load_scan(folder / "memadvise.scan.json")
         budget = scan.memory[0].peak_bytes * 60 // 100
         advised = succeed(folder, "recommend", "--budget", str(budget), "--format", "json")
@@ -149,9 +153,11 @@ def test_adamw_as_it_stands_peaks_where_the_scan_says(done: Job) -> None:
 def test_every_optimizer_holds_the_predicted_bytes(done: Job) -> None:
     runs = {run.method: run for run in done.scan.probe.runs}
     plans = probe_methods(done.scan.parameters)
-    assert set(runs) == set(plans)
+    every = done.target.path.stem in EVERY_OPTIMIZER
+    assert set(runs) == (set(plans) if every else {"adamw", *FEW_OPTIMIZERS})
     assert set(list_methods()) - set(plans) == {"adapprox", "micro_adam", "galore"}  # slow: on request
-    for label, plan in plans.items():
+    for label in runs:
+        plan = plans[label]
         model = done.target.model()
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         bound = bind_plan(plan, {name: tuple(p.shape) for name, p in trainable.items()})
@@ -201,7 +207,7 @@ def test_a_budget_above_the_peak_needs_no_compression(job: Callable[[str], Job])
     assert "nothing needs compressing" in text
 
 
-@pytest.mark.parametrize("name", ["gpt_text", "cnn_digits"])  # two minutes each on a slow host
+@pytest.mark.parametrize("name", ["cnn_digits"])  # more than a minute each
 def test_the_smallest_reachable_peak_is_reachable(job: Callable[[str], Job], name: str) -> None:
     done = job(name)
     failed = memadvise(done.folder, "recommend", "--budget", "100kB", "-o", "tiny.yaml", "--format", "json")
