@@ -17,6 +17,7 @@ from memadvise.optim.optimizer import MemadviseOptimizer
 from memadvise.plan.schema import Setting
 
 MIB = 2**20
+BLOCK = 2**16  # a chunk's pieces are larger
 SHAPE = (8192, 1024)  # 32 MiB
 STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -37,9 +38,8 @@ def growth(step: Callable[[], object]) -> int:
     interpreter and other threads take pages, too, now and then.
     """
     grown = []
-    with fresh_pages() as give_back:
-        for _ in range(3):
-            give_back()
+    for _ in range(3):
+        with larger_blocks_from_the_kernel():
             REFERENCES.write_text("5")  # the mark begins anew
             before = status("VmRSS")
             step()
@@ -48,22 +48,49 @@ def growth(step: Callable[[], object]) -> int:
 
 
 @contextlib.contextmanager
-def fresh_pages() -> Iterator[Callable[[], object]]:
-    """Let the C library take every larger block from the kernel and give it back: its heap would hide a temporary in
-    pages that it kept, or count one several times where it spreads over holes that other tests left.
+def larger_blocks_from_the_kernel() -> Iterator[None]:
+    """Let the C library take every block of 64 KiB and more from the kernel and give it back at once.
 
-    Yields what gives back the pages of holes that are large enough to serve a block all the same: before each
-    measurement, as a block that was freed leaves its pages in the hole.
+    Its heap would hide a temporary in pages that it kept, or count one several times: temporaries that follow each
+    other may each be put into another hole that earlier tests left, and all those pages stay. A lower threshold is
+    not enough, as a hole is used before the threshold is asked; so what holes there are is taken, untouched.
     """
-    libc, threshold = ctypes.CDLL(None), -3  # M_MMAP_THRESHOLD of mallopt(3)
-    if not hasattr(libc, "malloc_trim"):  # not glibc
-        yield lambda: None
+    libc, threshold = heap(), -3  # M_MMAP_THRESHOLD of mallopt(3)
+    if libc is None:
+        yield
         return
-    assert libc.mallopt(threshold, 64 * 1024)
+    assert libc.mallopt(threshold, BLOCK)
+    plugs, size = [], 64 * MIB
+    while size >= BLOCK:
+        block = libc.malloc(size)
+        if mapped(block):  # there is no such hole left
+            libc.free(block)
+            size //= 2
+        else:
+            plugs.append(block)
     try:
-        yield lambda: libc.malloc_trim(0)
+        yield
     finally:
+        for block in plugs:
+            libc.free(block)
         assert libc.mallopt(threshold, 32 * MIB)
+
+
+def mapped(block: int) -> bool:
+    """Whether glibc took this block from the kernel: the second bit of the size before it (malloc/malloc.c)."""
+    return bool(ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value & 2)
+
+
+def heap() -> ctypes.CDLL | None:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return None
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+    )
+    return libc
 
 
 def test_the_mark_sees_a_temporary() -> None:
@@ -72,14 +99,9 @@ def test_the_mark_sees_a_temporary() -> None:
 
 def test_the_mark_sees_a_temporary_in_a_hole_of_the_heap() -> None:
     """Which a step of three before it has filled with pages, and which is served before the kernel is asked."""
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
+    libc = heap()
+    if libc is None:
         pytest.skip("only glibc keeps such holes")
-    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
-        ctypes.c_void_p,
-        [ctypes.c_size_t],
-        [ctypes.c_void_p],
-    )
     assert libc.mallopt(-3, 32 * MIB)
     *hole, above = (libc.malloc(20 * MIB) for _ in range(4))  # what lies above keeps the heap from being cut off
     for block in hole:
